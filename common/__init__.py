@@ -1,0 +1,1 @@
+"""Mechanism every script shares: configuration, ranks, optimisation, checkpoints, logs, metrics."""

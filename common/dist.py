@@ -1,0 +1,143 @@
+"""Processes: ranks and device from torchrun's environment, seeds, small collectives, and a stop that all ranks agree on."""
+
+import datetime
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as td
+
+from common.config import UserError
+
+LAUNCHED = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+PARENT = os.getppid()  # read at import: torchrun may die before the first step
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers; world is 1 for a plain python run."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def ranks(device: str = "auto") -> Ranks:
+    """Ranks and device of this process; opens no connection, so that a user's mistake is found before one is."""
+    env = os.environ if "RANK" in os.environ and "WORLD_SIZE" in os.environ else {}
+    rank, world, local = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device: {device!r} is not a device (auto, cpu, cuda, cuda:N)") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: no CUDA device here (cpu works everywhere)")
+        if chosen.index is None:
+            chosen = torch.device("cuda", local)
+    return Ranks(rank, world, local, chosen)
+
+
+def connect(here: Ranks) -> None:
+    """Joins the process group when there is more than one process: NCCL on CUDA, gloo on CPU."""
+    if here.device.type == "cuda":
+        torch.cuda.set_device(here.device)
+    if here.world > 1 and not td.is_initialized():
+        backend = "nccl" if here.device.type == "cuda" else "gloo"
+        td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=datetime.timedelta(minutes=30))
+
+
+def setup(device: str = "auto") -> Ranks:
+    """ranks() and connect() in one."""
+    here = ranks(device)
+    connect(here)
+    return here
+
+
+def cleanup() -> None:
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def seed_all(seed: int, step: int = 0, rank: int = 0) -> None:
+    """Reseeds every generator from (seed, step, rank): a resumed run draws what the unbroken one would have drawn."""
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def all_sum(*values: float, device: torch.device | None = None) -> list[float]:
+    """Sums each number over all ranks."""
+    if not td.is_initialized():
+        return [float(v) for v in values]
+    numbers = torch.tensor(values, dtype=torch.float64, device=device if device and device.type == "cuda" else "cpu")
+    td.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def gather(obj: Any) -> list[Any]:
+    """Every rank's object, in rank order, on every rank."""
+    if not td.is_initialized():
+        return [obj]
+    out: list[Any] = [None] * td.get_world_size()
+    td.all_gather_object(out, obj)
+    return out
+
+
+def broadcast(obj: Any) -> Any:
+    """Rank 0's object on every rank."""
+    if not td.is_initialized():
+        return obj
+    box = [obj]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if td.is_initialized():
+        td.barrier()
+
+
+def main_first(here: Ranks, work: Any) -> Any:
+    """Runs work() on rank 0 while the others wait, and gives every rank its result; its UserError reaches all ranks."""
+    result, error = None, None
+    if here.main:
+        try:
+            result = work()
+        except UserError as mistake:
+            error = str(mistake)
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+class Stop:
+    """Set by SIGTERM or SIGINT; the training loop adds it up over ranks each step, so that all stop after the same one."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means now
+        self.requested = True
+
+    @staticmethod
+    def orphaned() -> bool:
+        """Whether the torchrun that started this rank is gone; a plain run may outlive its shell."""
+        return LAUNCHED and os.getppid() != PARENT

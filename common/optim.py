@@ -1,0 +1,83 @@
+"""One optimiser for all scripts: AdamW with two decay groups, a learning rate that is a pure function of the step, clipping."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from common.config import opt
+
+SCHEDULES = ("linear_warmup_cosine", "constant", "linear")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = opt(1e-5, "peak learning rate", "--lr", span=(1e-6, 1e-4))
+    min_lr: float = opt(1e-6, "learning rate at the end of the schedule", "--min-lr")
+    warmup_lr: float = opt(1e-6, "learning rate at step 0; below 0 means lr", "--warmup-lr")
+    warmup_steps: int = opt(1000, "optimiser steps of linear warm-up", "--warmup-steps", span=(500, 2000))
+    schedule: str = opt("linear_warmup_cosine", "shape after the warm-up", "--schedule", choices=SCHEDULES)
+    weight_decay: float = opt(0.05, "AdamW decay of matrices (biases and norms: 0)", "--weight-decay", span=(0.01, 0.1))
+    beta2: float = opt(0.999, "AdamW second-moment decay")
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 switches clipping off", "--grad-clip")
+
+
+def lr_at(step: int, total: int, cfg: OptimConfig) -> float:
+    """Learning rate of optimiser step `step` (0-based) out of `total`.
+
+    linear_warmup_cosine is LAVIS' LinearWarmupCosineLRScheduler: the cosine is counted from step 0, not from the end of
+    the warm-up, so the rate drops a little where the warm-up ends.
+    """
+    start = cfg.lr if cfg.warmup_lr < 0 else cfg.warmup_lr
+    if step < cfg.warmup_steps:
+        return min(cfg.lr, start + (cfg.lr - start) * step / max(cfg.warmup_steps, 1))
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = step / max(total, 1)
+    if cfg.schedule == "linear":
+        return cfg.lr + (cfg.min_lr - cfg.lr) * min(done, 1.0)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over what trains in `module`; vectors, biases and norms are not decayed."""
+    decay, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
+            (plain if spared else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+
+
+def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:
+    """Global gradient norm, after which gradients are scaled down to `clip` if it is larger (0: left alone)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return float(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimiser state by parameter name ("exp_avg.<name>", …), so that it survives a reordering of parameters."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        f"{key}.{names[id(p)]}": value if torch.is_tensor(value) else torch.tensor(value)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of state_tensors; parameters without state (no step taken yet) stay without."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for full, value in tensors.items():
+        key, name = full.split(".", 1)
+        parameter = parameters[name]
+        # AdamW's fused kernel wants its step counter beside the parameter, in float32
+        optimizer.state[parameter][key] = value.to(parameter.device).clone()

@@ -1,0 +1,202 @@
+"""Pretrained weights on disk: where they are, what they are, and a strict load of safetensors into a module."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from common.config import UserError
+
+BLOCK, BLOCKS = 4096, 64
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+
+
+def find_weights(name: str | os.PathLike, what: str = "weights") -> Path:
+    """The folder of `name`: a path as it is, then weights/<name>, weights/<last part>, then the Hugging Face cache."""
+    name = os.fspath(name)
+    places = list(dict.fromkeys([Path(name).expanduser(), Path("weights", name), Path("weights", Path(name).name)]))
+    hub = _is_hub_name(name)
+    for folder in places + (_snapshots(name) if hub else []):
+        if folder.is_dir():
+            return folder
+    looked = [str(place) for place in places] + ([str(_cache())] if hub else [])
+    message = f"{what} '{name}' not found (looked in {', '.join(looked)})"
+    if hub:
+        message += f"; get them with: hf download {name} --local-dir weights/{name}"
+    if name.startswith("meta-llama/"):
+        message += " (gated: accept the licence first)"
+    raise UserError(message)
+
+
+def _is_hub_name(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return bool(owner and model) and "/" not in model and not name.startswith((".", "~", "weights/"))
+
+
+def _cache() -> Path:
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+
+
+def _snapshots(name: str) -> list[Path]:
+    """Snapshots of a hub name in the Hugging Face cache: ref main first, then the newest."""
+    repo = _cache() / f"models--{name.replace('/', '--')}"
+    folders = sorted((repo / "snapshots").glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    main = repo / "refs" / "main"
+    return [repo / "snapshots" / main.read_text().strip(), *folders] if main.is_file() else folders
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object; UserError if there is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
+    """Tensor name -> safetensors file, of a sharded or a single-file folder. Reads headers only."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+    elif single.is_file():
+        files = [single]
+    else:
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing, but {index.name} names it")
+    return {name: file for file in files for name in _open(file).keys()}
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def read_tensors(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors or torch file, of its `model` entry if it is a training checkpoint."""
+    file = Path(file)
+    if file.suffix == ".safetensors":
+        shard = _open(file)
+        return {name: shard.get_tensor(name) for name in shard.keys()}
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
+    return {name: tensor for name, tensor in state.get("model", state).items() if torch.is_tensor(tensor)}
+
+
+def load_strict(
+    module: nn.Module,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore: tuple[str, ...] = (),
+) -> None:
+    """Give `module` (may be on meta) a folder's tensors, one at a time, straight to dtype and device.
+
+    Names ending in one of `ignore` are left out on both sides; a missing, unexpected or misshapen one is a UserError.
+    """
+    files = {name: file for name, file in tensor_files(folder).items() if not name.endswith(ignore)}
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
+    check_names(folder, wanted, files)
+    shards = {file: _open(file) for file in sorted(set(files.values()))}
+    shapes = {name: tuple(shards[file].get_slice(name).get_shape()) for name, file in files.items()}
+    check_shapes(folder, wanted, shapes)
+    for file in list(shards):
+        shard = shards.pop(file)  # unmapped when done, so the host holds one shard at most
+        for name in (name for name in wanted if files[name] == file):
+            tensor = shard.get_tensor(name)
+            _assign(module, name, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, leaf)
+    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+
+
+def check_names(where: object, wanted: Iterable[str], found: Iterable[str]) -> None:
+    """UserError unless both hold the same names."""
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    problems = [f"{len(missing)} missing: {_first(missing)}"] * bool(missing)
+    problems += [f"{len(unexpected)} unexpected: {_first(unexpected)}"] * bool(unexpected)
+    if problems:
+        matched = f"{len(set(wanted) & set(found))}/{len(set(wanted))}"
+        raise UserError(f"{where}: {matched} tensors match the model; {'; '.join(problems)}")
+
+
+def check_shapes(where: object, wanted: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple]) -> None:
+    """UserError unless every wanted tensor is found in its shape."""
+    pairs = [(name, tuple(tensor.shape), shapes[name]) for name, tensor in wanted.items()]
+    wrong = [f"{name} is {found}, not {shape}" for name, shape, found in pairs if found != shape]
+    if wrong:
+        raise UserError(f"{where}: {len(wrong)} tensors of the wrong shape: {_first(wrong)}")
+
+
+def _first(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def weight_files(path: str | os.PathLike) -> Iterator[Path]:
+    """The weight files of a folder (safetensors if there are any), or the one file given, in order."""
+    path = Path(path)
+    if path.is_file():
+        yield path
+        return
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    yield from [file for file in files if file.suffix == ".safetensors"] or files
+
+
+def identity(path: str | os.PathLike) -> dict:
+    """What tells these weights from others without reading them whole.
+
+    Name, and per file: size, sha256 of the safetensors header, sha256 of 64 evenly spaced 4 KiB blocks.
+    """
+    return {"name": _name(Path(path)), "files": {file.name: _fingerprint(file) for file in weight_files(path)}}
+
+
+def _name(path: Path) -> str:
+    """Hub name where the path shows one (weights/<hub name>, the cache's models--org--name), else its last part."""
+    parts = list(path.absolute().parts)
+    for part in parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return "/".join(parts[-2:]) if len(parts) > 2 and parts[-3] == "weights" else parts[-1]
+
+
+def _fingerprint(file: Path) -> dict:
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        header = f.read(8 + int.from_bytes(f.read(8), "little")) if file.suffix == ".safetensors" else b""
+        blocks = hashlib.sha256()
+        for i in range(BLOCKS):
+            f.seek(max(size - BLOCK, 0) * i // (BLOCKS - 1))
+            blocks.update(f.read(BLOCK))
+    return {"size": size, "header_sha256": hashlib.sha256(header).hexdigest(), "blocks_sha256": blocks.hexdigest()}
+
+
+def full_sha256(path: str | os.PathLike) -> dict[str, str]:
+    """File name -> sha256 of the whole file."""
+    digests = {}
+    for file in weight_files(path):
+        with open(file, "rb") as f:
+            digests[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+    return digests

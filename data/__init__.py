@@ -1,0 +1,1 @@
+"""Datasets, manifests, media decoding and feature stores."""

@@ -1,0 +1,309 @@
+"""Clips as instruction samples: which clips are in which split, their features, and the prompt and answer of each."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import UserError, opt
+from data import prompts
+from data.features import FeatureStore, NpyFolder, open_features
+from data.manifest import Clip, leak_check, read_manifest, split_by_group
+from data.merr import load_merr
+
+VISUAL = ("image", "cls")  # the two slots one store of visual tokens fills
+KNOWN_TESTS = (
+    "relative_test3_NCEV.txt", "MER2024-noise_NCE.txt", "EMER_NCE.txt", "EMER_332_NCE.txt", "reltive_DFEW_set_1_test.txt",
+)  # fmt: skip
+
+
+@dataclass
+class DataConfig:
+    data_root: str = opt("datasets/MERR", "folder of lists, captions, transcript and feature folders", "--data-root")
+    image_path: str | None = opt(None, "folder of the videos; default: data_root/video", "--image-path")
+    annotation_file: str = opt("MERR_coarse_grained.txt", "list of the training clips", "--annotation-file")
+    manifest: str | None = opt(None, "a CSV or JSONL manifest instead of a MERR list", "--manifest")
+    fold: str | None = opt(None, "manifest: the fold that is the test split", "--fold")
+    valid_file: str | None = opt(None, "list or manifest of validation clips; default: a hold-out", "--valid-file")
+    valid_share: float = opt(0.05, "share of the training clips held out, whole source videos or speakers")
+    test_file: str | None = opt("relative_test3_NCEV.txt", "list or manifest of test clips", "--test-file")
+    features_root: str = opt("features", "where feature stores are looked for, after data_root")
+    task_pool: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "tasks and their weights", "--task-pool")
+    labels: list[str] = opt(list(prompts.EMOTIONS9), "emotion labels, in the order the question names them")
+    prompt_layout: str = opt("train", "token order of the prompt", choices=("train", "original_eval"))
+    chat_template: bool = opt(True, "wrap the instruction in [INST] [/INST]")
+    streams: list[str] = opt([], "use only these (text, image, cls, feature names); empty: all")
+    enable_augmentation: bool = opt(False, "while training: noise on features, streams left out")
+    augmentation_prob: float = opt(0.5, "probability of each augmentation", span=(0.0, 1.0))
+    shuffle_labels: bool = opt(False, "control: permute the training labels among clips")
+    max_bad: float = opt(0.01, "largest share of unreadable features")
+
+
+@dataclass
+class Sample:
+    """One prompt: token ids and slot names, the answer's ids, the slots' values (rows, width), and what is written about it."""
+
+    id: str
+    pieces: list[list[int] | str]
+    answer: list[int]
+    values: dict[str, Tensor]
+    label: str | None
+    task: str
+    prompt: str
+    target: str
+
+
+def make_sample(
+    clip: Clip,
+    values: dict[str, Tensor],
+    cfg: DataConfig,
+    encode: Callable[[str], list[int]],
+    task: str,
+    question: str,
+    slots: Sequence[str],
+    target: str | None = None,
+) -> Sample:
+    """The sample of one clip: slots without a value are left out of its prompt, an unknown text leaves out its sentence."""
+    features = [name for name in slots if name not in VISUAL and name in values]
+    text = clip.text if not cfg.streams or "text" in cfg.streams else None
+    segments = prompts.segments(
+        task, question, text, features, image="image" in values, cls="cls" in values,
+        layout=cfg.prompt_layout, chat_template=cfg.chat_template,
+    )  # fmt: skip
+    pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
+    shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
+    answer = encode(f"{target}</s>") if target is not None else []
+    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "")
+
+
+class Features:
+    """The streams of clips by slot: utterance features as (1, width), visual tokens as image (N, width) and cls (1, width)."""
+
+    def __init__(self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig) -> None:
+        self.rows = rows
+        self.stores: dict[str, FeatureStore | NpyFolder] = {}
+        wanted = [name for name in rows if name not in VISUAL] + ([visual] if visual else [])
+        for name in wanted:
+            self.stores[name] = self._open(name, cfg)
+        self.visual = visual
+        self.keep = set(cfg.streams) or set(rows)
+        self.broken: dict[str, str] = {}
+        self._check_widths()
+
+    @staticmethod
+    def _open(name: str, cfg: DataConfig) -> FeatureStore | NpyFolder:
+        places = [Path(cfg.data_root) / name, Path(cfg.features_root) / name, Path(name)]
+        for place in places:
+            if place.is_dir():
+                return open_features(place)
+        looked = ", ".join(map(str, places[:2]))
+        raise UserError(f"features {name!r} not found (looked in {looked}); extract.py makes them from the media files")
+
+    def _check_widths(self) -> None:
+        for name, store in self.stores.items():
+            rows, width = self.rows["image" if name == self.visual else name]
+            if store.dim != width:
+                raise UserError(f"features {name!r} are {store.dim} wide, the model expects {width}")
+            size = store.info.get("image_size")
+            if name == self.visual and size is not None and (int(size) // 14) ** 2 != rows:
+                raise UserError(f"visual tokens {name!r} were made at --image-size {size}; the model expects {rows} patches")
+
+    def __call__(self, clip: Clip) -> dict[str, Tensor]:
+        """Slot -> (rows, width) float32; a stream the clip lacks, or holds non-finite numbers in, is absent."""
+        values = {}
+        for name, store in self.stores.items():
+            if clip.id not in store:
+                continue
+            value = store[clip.id].float()
+            if not torch.isfinite(value).all():
+                self.broken[clip.id] = f"{name}: non-finite values"
+            elif name == self.visual:
+                values |= {"image": value[1:], "cls": value[:1]}
+            else:
+                values[name] = value.reshape(1, -1)
+        for name, value in values.items():
+            if value.shape != self.rows[name]:
+                shape, expected = tuple(value.shape), self.rows[name]
+                raise UserError(f"features of clip {clip.id!r}: {name} has shape {shape}, the model expects {expected}")
+        return {name: value for name, value in values.items() if name in self.keep}
+
+    def only(self, streams: list[str]) -> "Features":
+        view = copy.copy(self)
+        view.keep = set(streams) or set(self.rows)
+        return view
+
+    def scan(self, clips: Sequence[Clip], max_bad: float, say: Callable[[str], None]) -> None:
+        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips hold non-finite numbers."""
+        for clip in clips:
+            for name, store in self.stores.items():
+                if name != self.visual and clip.id in store and not torch.isfinite(store[clip.id]).all():
+                    self.broken[clip.id] = f"{name}: non-finite values"
+        if self.broken:
+            first = ": ".join(next(iter(self.broken.items())))
+            line = f"{len(self.broken)} of {len(clips)} clips hold broken features (first: {first})"
+            if len(self.broken) > max_bad * len(clips):
+                raise UserError(f"{line}; more than --max-bad {max_bad:g}")
+            say(f"{line}; those streams count as absent")
+
+    def describe(self) -> dict[str, dict]:
+        """How each store was made, so that predict.py can make the same features of a new clip."""
+        return {
+            name: {key: value for key, value in store.info.items() if key not in ("ids", "shards")}
+            for name, store in self.stores.items()
+        }
+
+    def statistics(self, clips: Sequence[Clip]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of every slot's rows over clips, in float64."""
+        sums: dict[str, list] = {}
+        for clip in clips:
+            for name, value in self(clip).items():
+                value = value.double()
+                total = sums.setdefault(name, [0, 0.0, 0.0])
+                total[0] += len(value)
+                total[1] = total[1] + value.sum(0)
+                total[2] = total[2] + value.square().sum(0)
+        return {
+            name: ((total / n).float(), (square / n - (total / n) ** 2).clamp_min(0).sqrt().float())
+            for name, (n, total, square) in sums.items()
+        }
+
+
+class ClipData:
+    """The samples of a list of clips; what is random in one is a function of (seed, pass over the data, clip id)."""
+
+    def __init__(
+        self,
+        clips: list[Clip],
+        features: Features,
+        cfg: DataConfig,
+        encode: Callable[[str], list[int]],
+        train: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.features, self.cfg, self.encode, self.train, self.seed = features, cfg, encode, train, seed
+        self.clips, self.without_task = [], 0
+        for clip in clips:
+            if not train or self._tasks(clip):
+                self.clips.append(clip)
+            else:
+                self.without_task += 1
+        if not self.clips:
+            raise UserError(f"no clip has a target for the tasks {', '.join(cfg.task_pool)}")
+        self.labels = [clip.label for clip in self.clips]
+        if train and cfg.shuffle_labels:
+            order = np.random.default_rng(seed).permutation(len(self.labels))
+            self.labels = [self.labels[i] for i in order]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def only(self, streams: list[str]) -> "ClipData":
+        """The same clips seen through these streams alone; none given: all."""
+        view = copy.copy(self)
+        view.cfg = replace(self.cfg, streams=streams)
+        view.features = self.features.only(streams)
+        return view
+
+    def _tasks(self, clip: Clip) -> dict[str, float]:
+        has = {"emotion": clip.label is not None} | {task: True for task in clip.captions}
+        return {task: weight for task, weight in self.cfg.task_pool.items() if has.get(task)}
+
+    def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> Sample:
+        """Clip `index` as a sample; training draws task, question and augmentation, evaluation asks `task`'s first question."""
+        clip = self.clips[index]
+        rng = random.Random(f"{self.seed}/{epoch}/{clip.id}") if self.train else None
+        task = task or (prompts.choose(self._tasks(clip), rng) if rng is not None else "emotion")
+        if question is None:
+            listed = task == "emotion" and tuple(self.cfg.labels) != prompts.EMOTIONS9
+            question = prompts.emotion_question(self.cfg.labels) if listed else prompts.pick_question(task, rng)
+        label = self.labels[index]
+        raw = label if task == "emotion" else clip.captions.get(task)
+        target = prompts.process_answer(raw) if raw is not None else None
+        values = self.features(clip)
+        if rng is not None and self.cfg.enable_augmentation:
+            clip, values = self._augment(clip, values, rng)
+        clip = replace(clip, label=label)
+        return make_sample(clip, values, self.cfg, self.encode, task, question, list(self.features.rows), target)
+
+    def _augment(self, clip: Clip, values: dict[str, Tensor], rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
+        """Each with augmentation_prob: Gaussian noise of a tenth of a feature's own deviation; only some streams are kept."""
+        if rng.random() < self.cfg.augmentation_prob:
+            noise = torch.Generator().manual_seed(rng.getrandbits(63))
+            values = {name: v + 0.1 * v.std() * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+        streams = sorted({_stream(name) for name in values} | ({"text"} if clip.text else set()))
+        if len(streams) > 1 and rng.random() < self.cfg.augmentation_prob:
+            kept = rng.sample(streams, rng.randint(1, len(streams) - 1))
+            values = {name: v for name, v in values.items() if _stream(name) in kept}
+            clip = clip if "text" in kept else replace(clip, text=None)
+        return clip, values
+
+    def coverage(self) -> str:
+        """"image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream."""
+        stores = {name: sum(clip.id in store for clip in self.clips) for name, store in self.features.stores.items()}
+        stores["text"] = sum(clip.text is not None for clip in self.clips)
+        return ", ".join(f"{name} {count}/{len(self)}" for name, count in stores.items())
+
+    def class_counts(self) -> dict[str, int]:
+        return {label: self.labels.count(label) for label in self.cfg.labels}
+
+
+def _stream(slot: str) -> str:
+    return "visual" if slot in VISUAL else slot
+
+
+def read_list(cfg: DataConfig, file: str, say: Callable[[str], None]) -> list[Clip]:
+    """Clips of a MERR list below data_root, or of a manifest; says how many of the listed ones were found."""
+    if file.endswith((".csv", ".jsonl")):
+        clips = read_manifest(file)
+        _check_labels(clips, cfg.labels)
+        return clips
+    clips, listing = load_merr(cfg.data_root, file, cfg.image_path, labels=cfg.labels)
+    say(f"{file}: {listing}")
+    return clips
+
+
+def _check_labels(clips: list[Clip], labels: Sequence[str]) -> None:
+    for clip in clips:
+        if clip.label is not None and clip.label not in labels:
+            raise UserError(f"{clip.where}: unknown label {clip.label!r} (labels: {', '.join(labels)})")
+
+
+def load_splits(cfg: DataConfig, seed: int, held_out: bool, say: Callable[[str], None]) -> dict[str, list[Clip]]:
+    """train and valid clips (valid is empty unless given or `held_out`); UserError when valid is a known test set."""
+    if cfg.valid_file and Path(cfg.valid_file).name in KNOWN_TESTS:
+        raise UserError(f"--valid-file {cfg.valid_file}: that is a published test set; choose on other clips")
+    if cfg.manifest:
+        everything = read_list(cfg, cfg.manifest, say)
+        train = [c for c in everything if (c.split or "train") == "train" and not _is_test(c, cfg)]
+        valid = [c for c in everything if c.split in ("valid", "dev", "val") and not _is_test(c, cfg)]
+    else:
+        train, valid = read_list(cfg, cfg.annotation_file, say), []
+    if cfg.valid_file:
+        valid = read_list(cfg, cfg.valid_file, say)
+    elif held_out and not valid and cfg.valid_share > 0:
+        train, valid = split_by_group(train, cfg.valid_share, seed)
+        say(f"valid: {len(valid)} clips held out by source video or speaker (seed {seed})")
+    if shared := leak_check(train, valid):
+        raise UserError(f"{len(shared)} groups are in both train and valid, such as {shared[0]!r}")
+    return {"train": train, "valid": valid}
+
+
+def _is_test(clip: Clip, cfg: DataConfig) -> bool:
+    return clip.split == "test" or (cfg.fold is not None and clip.fold == cfg.fold)
+
+
+def load_test(cfg: DataConfig, say: Callable[[str], None]) -> list[Clip]:
+    """Test clips: test_file, or the manifest's test split or fold."""
+    if cfg.manifest:
+        clips = [clip for clip in read_list(cfg, cfg.manifest, say) if _is_test(clip, cfg)]
+        if not clips:
+            raise UserError(f"{cfg.manifest}: no test clips (a split column with 'test', or --fold)")
+        return clips
+    if not cfg.test_file:
+        raise UserError("--test-file is not set")
+    return read_list(cfg, cfg.test_file, say)

@@ -1,0 +1,256 @@
+"""Feature stores: one tensor a clip, written once in safetensors shards and read by id through mmap."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from common.config import UserError
+from data.manifest import Clip
+from data.media import NoAudio, NoText, NoVideo, load_audio, load_frame, load_frames
+
+SHARD_BYTES = 256 * 2**20
+SHARD_SECONDS = 60  # a kill costs at most this much work
+
+
+class Store:
+    """What every feature store answers: `store[id]`, `id in store`, len, ids, dim and info."""
+
+    def __init__(self, folder: Path, info: dict[str, Any], dim: int) -> None:
+        self.folder, self.info, self.dim = folder, info, dim
+        self._rows: dict[str, Any] = {}
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._rows
+
+    def __getitem__(self, id: str) -> Tensor:
+        raise NotImplementedError
+
+    def check(self, ids: Iterable[str] | None = None) -> None:
+        """Raise UserError at the first clip with a NaN or infinite value; reading by id does not look for them."""
+        for id in self.ids if ids is None else ids:
+            wrong = int((~torch.isfinite(self[id])).sum())
+            if wrong:
+                raise UserError(f"{self.folder}: id '{id}' has {wrong} non-finite values")
+
+
+class FeatureStore(Store):
+    """A folder of extract.py: shards of fixed rows or ragged sequences, and index.json over them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        try:
+            info = json.loads((folder / "index.json").read_text())
+            super().__init__(folder, info, info["dim"])
+            self._files = list(info["shards"])
+            # id -> (shard, row): 1,440 or 100,000 of them, never a read of the shards themselves
+            for shard, count in enumerate(info["shards"].values()):
+                first = len(self._rows)
+                self._rows |= {id: (shard, row) for row, id in enumerate(info["ids"][first : first + count])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'index.json'}: not the index of a feature store ({error})") from None
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def __getitem__(self, id: str) -> Tensor:
+        """The features of a clip, (D,) or (T, D) or (T,) ids, as they were added."""
+        shard, row = self._rows[id]
+        tensors = self._shards.get(shard) or self._open(shard)
+        if "rows" in tensors:
+            return tensors["rows"][row].clone()
+        first, last = tensors["offsets"][row : row + 2].tolist()
+        return tensors["values"][first:last].clone()
+
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        """The tensors of a shard, mapped: only the pages of rows that are asked for are read."""
+        path = self.folder / self._files[shard]
+        try:
+            with safe_open(path, framework="pt") as file:
+                self._shards[shard] = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable shard ({error}); --overwrite makes the store again") from None
+        return self._shards[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # a worker process maps the files itself
+
+
+class NpyFolder(Store):
+    """The layout of MER2023's features: <folder>/<id>.npy, one utterance vector (D,) or (1, D) each.
+
+    Files of (T, D) are refused, for Emotion-LLaMA's loader takes their first row for the clip, unless pooling is "mean"
+    (over T) or "frames" (as they are).
+    """
+
+    def __init__(self, folder: str | Path, pooling: str | None = None) -> None:
+        folder = Path(folder)
+        files = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".npy"))
+        if not files:
+            raise UserError(f"{folder}: holds no .npy files")
+        super().__init__(folder, {}, 0)
+        self.pooling = pooling
+        self._rows = {name.removesuffix(".npy"): folder / name for name in files}
+        first = self._read(self.ids[0])
+        self.dim = first.shape[-1]
+        self.info = {"encoder": folder.name, "dim": self.dim, "dtype": str(first.dtype), "pooling": pooling}
+
+    def __getitem__(self, id: str) -> Tensor:
+        """The features of a clip, (D,) float32; (T, D) with pooling "frames"."""
+        array = self._read(id)
+        if array.shape[-1] != self.dim:
+            raise UserError(f"{self.folder}: id '{id}' has width {array.shape[-1]}, '{self.ids[0]}' has {self.dim}")
+        return torch.from_numpy(array.astype(np.float32))
+
+    def _read(self, id: str) -> np.ndarray:
+        where = f"{self.folder}: id '{id}'"
+        try:
+            array = np.load(self._rows[id], allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{where} is not a readable .npy array ({error})") from None
+        if array.ndim not in (1, 2) or not array.size or array.dtype.kind not in "fiu":
+            raise UserError(f"{where} has shape {array.shape} of {array.dtype}, expected numbers (D,) or (T, D)")
+        array = np.atleast_2d(array)
+        if self.pooling == "frames":
+            return array
+        if len(array) > 1 and self.pooling != "mean":
+            raise UserError(f"{where} has {len(array)} rows, expected one utterance vector (or pooling mean or frames)")
+        return array.mean(0) if len(array) > 1 else array[0]
+
+
+def open_features(path: str | Path, pooling: str | None = None) -> FeatureStore | NpyFolder:
+    """The store at `path` or features/`path`, whichever layout it has; `pooling` is for .npy files of many rows."""
+    places = list(dict.fromkeys([Path(path), Path("features", path)]))
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        looked = " nor ".join(map(str, places))
+        raise UserError(f"features not found: neither {looked} is a folder (extract.py makes one)")
+    if (folder / "index.json").is_file():
+        return FeatureStore(folder)
+    if shard_files(folder):
+        raise UserError(f"{folder}: extraction is unfinished; continue it with extract.py --out {folder} --resume")
+    return NpyFolder(folder, pooling)
+
+
+class StoreWriter:
+    """Writes a store in whole shards, each with its ids, so that a restart knows what is done."""
+
+    def __init__(self, folder: str | Path, info: Mapping[str, Any], rank: int = 0, shard_rows: int = 4096) -> None:
+        self.folder, self.rank, self.shard_rows = Path(folder), rank, shard_rows
+        self.info: dict[str, Any] = json.loads(json.dumps(info))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self._number = 0
+        for path, ids, made in _headers(self.folder):
+            self.done.update(ids)
+            changed = [key for key in {**made, **self.info} if made.get(key) != self.info.get(key)]
+            if changed:
+                old, new = made.get(changed[0]), self.info.get(changed[0])
+                raise UserError(f"{folder}: extracted with {changed[0]} {old}, now {new}; --overwrite starts again")
+            owner, number = map(int, path.stem.split("-")[1:])
+            self._number = max(self._number, number + 1) if owner == rank else self._number
+        self._restart()
+
+    def _restart(self) -> None:
+        self._ids: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, id: str, tensor: Tensor) -> None:
+        """Take one clip's features; they are on disk when their shard is full, a minute old, or closed."""
+        self._ids.append(id)
+        self._tensors.append(tensor.detach().cpu())
+        self._bytes += tensor.nbytes
+        old = time.monotonic() - self._since > SHARD_SECONDS
+        if len(self._ids) >= self.shard_rows or self._bytes >= SHARD_BYTES or old:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is pending as one shard, in whole or not at all."""
+        if self._ids:
+            if len({tensor.shape for tensor in self._tensors}) == 1:
+                tensors = {"rows": torch.stack(self._tensors)}
+            else:
+                lengths = torch.tensor([0, *map(len, self._tensors)])
+                tensors = {"values": torch.cat(self._tensors), "offsets": lengths.cumsum(0)}
+            path = self.folder / f"shard-{self.rank:03d}-{self._number:05d}.safetensors"
+            partial = path.with_suffix(".tmp")
+            # save_file would make the file readable for its owner only
+            partial.write_bytes(save(tensors, {"ids": json.dumps(self._ids), "info": json.dumps(self.info)}))
+            _replace(partial, path)
+            self.done.update(self._ids)
+            self._number += 1
+        self._restart()
+
+    def finish(self) -> int:
+        """Write index.json over all ranks' shards, which makes the folder a store; returns the number of clips."""
+        self.close()
+        shards = {path.name: ids for path, ids, _ in _headers(self.folder)}
+        ids = [id for part in shards.values() for id in part]
+        index = {**self.info, "shards": {name: len(part) for name, part in shards.items()}, "ids": ids}
+        partial = self.folder / "index.tmp"
+        partial.write_text(json.dumps(index))
+        _replace(partial, self.folder / "index.json")
+        return len(ids)
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """The finished shards in a folder, in order."""
+    return sorted(Path(folder).glob("shard-*.safetensors"))
+
+
+def _headers(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, Any]]]:
+    """Path, ids and info of every shard, from the file headers."""
+    for path in shard_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            yield path, json.loads(metadata["ids"]), json.loads(metadata["info"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a readable shard ({error}); delete it and --resume") from None
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Rename once the content is on disk: after a power cut the file is whole or absent."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def decode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -> Any:
+    """What `encoder` reads of a clip: waveform (T,), frames (n, H, W, 3) or text; MediaError, Absent without any.
+
+    `frame` says which frame stands for a clip where one does: first, middle, or peak (middle where no peak is known).
+    """
+    if encoder.modality == "text":
+        if not (clip.text or "").strip():
+            raise NoText(f"{clip.id}: no text")
+        return clip.text
+    if clip.path is None:
+        raise (NoAudio if encoder.modality == "audio" else NoVideo)(f"{clip.id}: no media file")
+    if encoder.modality == "audio":
+        return load_audio(clip.path, encoder.sample_rate, clip.start, clip.end)
+    count = encoder.frames(pooling)
+    if count > 1:
+        return load_frames(clip.path, count, start=clip.start, end=clip.end)
+    which = frame if frame != "peak" else "middle" if clip.frame is None else clip.frame
+    return load_frame(clip.path, which, clip.start, clip.end)[None]
+
+
+@torch.inference_mode()
+def encode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -> Tensor:
+    """The features of one clip, decoded, encoded and pooled; MediaError where that cannot be done."""
+    return encoder.encode(decode_clip(clip, encoder, pooling, frame), pooling)

@@ -1,0 +1,200 @@
+"""Emotion-LLaMA's questions, prompt layouts, answer processing and label extraction (Cheng et al., NeurIPS 2024)."""
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from common.config import UserError
+
+EMOTIONS9 = ("happy", "sad", "neutral", "angry", "worried", "surprise", "fear", "contempt", "doubt")
+EMOTIONS6 = EMOTIONS9[:6]  # the labels of MER2023 and MER2024
+DFEW7 = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+_BY_ID = ("neutral", "angry", "happy", "sad", "worried", "surprise", "fear", "contempt", "doubt")
+LABEL_IDS = {label: index for index, label in enumerate(_BY_ID)}
+
+
+def emotion_question(labels: Iterable[str]) -> str:
+    """The published question for a label, with these labels as the choice."""
+    return f"Please determine which emotion label in the video represents: {', '.join(labels)}."
+
+
+_REASON = (
+    "Please analyze all the clues in the video and reason out the emotional label of the person in the video.",
+    "What is the emotional state of the person in the video? Please tell me the reason.",
+    "What are the facial expressions and vocal tone used in the video? "
+    "What is the intended meaning behind his words? Which emotion does this reflect?",
+    "Please integrate information from various modalities to infer the emotional category of the person in the video.",
+    "Could you describe the emotion-related features of the individual in the video? "
+    "What emotional category do they fall into?",
+)
+# The pools of the released code; the *_guide pools are the examples its training guide shows.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "emotion": (emotion_question(EMOTIONS9),),
+    "emotion6": (
+        emotion_question(EMOTIONS6),
+        "Identify the displayed emotion in the video: is it happy, sad, neutral, angry, worried, or surprise?",
+        "Determine the emotional state shown in the video, choosing from happy, sad, neutral, angry, worried, "
+        "or surprise.",
+        "Please ascertain the specific emotion portrayed in the video, whether it be happy, sad, neutral, angry, "
+        "worried, or surprise.",
+        "Assess and label the emotion evident in the video: could it be happy, sad, neutral, angry, worried, surprise?",
+    ),
+    "emotion_guide": (
+        "What is the emotion expressed in this video?",
+        "Identify the primary emotion shown.",
+        "Classify the emotional state.",
+    ),
+    "reason": _REASON,
+    "reason_v2": _REASON,
+    "reason_guide": (
+        "What are the facial expressions and vocal tone used? What emotion does this reflect?",
+        "Analyze the multimodal cues and explain the emotion.",
+        "Why is this person experiencing this emotion?",
+    ),
+    "caption": (
+        "Please describe the details of the expression and tone the video.",
+        "Can you provide a description of the facial expression and tone shown by the person in the video?",
+        "Could you outline the facial expressions and vocal tones displayed in the video?",
+        "Detail the expressions and tone used in the video.",
+        "Explain the visual and auditory expressions captured in the video.",
+        "Provide an analysis of the expressions and tone featured in the video.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the prompt that embeddings fill: "image", "cls" or the name of an utterance feature."""
+
+    name: str
+
+
+def segments(
+    task: str,
+    question: str,
+    text: str | None,
+    slots: Iterable[str],
+    image: bool = True,
+    cls: bool = True,
+    layout: Literal["train", "original_eval"] = "train",
+    chat_template: bool = True,
+) -> list[str | Slot]:
+    """The prompt as texts, each tokenised on its own, and slots; `text` is what the person says.
+
+    "train" is the layout the released model was trained with; "original_eval" is the one its published scores were
+    measured with: two BOS, all embeddings inside <video>, the literal <FeatureHere>.
+    """
+    head, tail = ("[INST] ", " [/INST]") if chat_template else ("", "")
+    said = "" if text is None else f"The person in video says: {text}. "
+    rest = f"</feature> {said} [{task}] {question} {tail}"  # the doubled spaces are in the released prompts
+    visual = [Slot("image")] if image else []
+    features = [*map(Slot, slots), *([Slot("cls")] if cls else [])]
+    if layout == "original_eval":
+        pieces = [f"<s><s>{head}<video>", *visual, *features, f"</video> <feature><FeatureHere>{rest}"]
+    else:
+        pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, rest]
+    return _join_texts(pieces)
+
+
+def process_answer(text: str, max_words: int = 200) -> str:
+    """A training target as LAVIS' blip_caption writes it: lower case, most punctuation out, at most max_words."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+
+
+_FORMS = (
+    ("happy", "happiness", "happily", "joy", "joyful", "joyous", "cheerful", "delighted"),
+    ("sad", "sadness", "saddened", "sorrow", "sorrowful"),
+    ("angry", "anger", "angered", "angrily", "furious"),
+    ("worried", "worry", "worrying", "anxious", "anxiety"),
+    ("surprise", "surprised", "astonished", "astonishment"),
+    ("fear", "fearful", "afraid", "scared", "frightened"),
+    ("disgust", "disgusted"),
+    ("contempt", "contemptuous", "disdain"),
+    ("doubt", "doubtful", "doubting"),
+    ("neutral", "neutrality"),
+    ("calm", "calmness"),
+    ("excited", "excitement"),
+    ("frustrated", "frustration"),
+)
+_NEGATIONS = frozenset("not no never neither nor without cannot than instead lack lacks lacking hardly".split())
+# What may stand between a negation and the label it denies; "only" must not: "not only sad".
+_BETWEEN = frozenset(
+    "a an the any of at all or being be been feel feeling feels felt seem to look looking appear show showing shows "
+    "express expressing sign signs trace traces hint evidence indication very really particularly especially so too "
+    "that much longer necessarily truly entirely".split()
+)
+
+
+def extract_label(answer: str, labels: Iterable[str], how: Literal["robust", "original"] = "robust") -> str | None:
+    """The label an answer names, None if it names none of `labels`.
+
+    "original" takes the last whitespace-separated word as it is, like the released evaluation. "robust" ignores case
+    and punctuation, knows other forms of a label's word, and takes the last label that is not negated.
+    """
+    labels = list(labels)
+    if how == "original":
+        last = answer.split()[-1:]
+        return last[0] if last and last[0] in labels else None
+    phrases = _phrases(labels)
+    words = _words(answer)
+    found, denied, at = None, False, 0
+    while at < len(words):
+        phrase = next((phrase for phrase in phrases if tuple(words[at : at + len(phrase)]) == phrase), None)
+        if phrase is not None:
+            found = found if denied else phrases[phrase]
+            at += len(phrase)
+        else:
+            denied = _negates(words[at]) or (denied and words[at] in _BETWEEN)
+            at += 1
+    return found
+
+
+def choose(weights: dict[str, float], rng: random.Random) -> str:
+    """Draw a name with probability in proportion to its weight."""
+    if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
+        raise UserError(f"weights {weights}: none may be negative and one must be above 0")
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def pick_question(task: str, rng: random.Random | None = None) -> str:
+    """A question from the task's pool, drawn by rng; the pool's first without one."""
+    if task not in QUESTIONS:
+        raise UserError(f"task '{task}' has no questions (tasks: {', '.join(QUESTIONS)})")
+    return rng.choice(QUESTIONS[task]) if rng else QUESTIONS[task][0]
+
+
+def parse_tagged(question: str) -> tuple[str, str]:
+    """Split "[reason] Why?" into ("reason", "Why?"); a question without a tag is a reason question."""
+    match = re.fullmatch(r"\s*\[(\w+)\]\s*(.*)", question, re.DOTALL)
+    return (match[1], match[2]) if match else ("reason", question)
+
+
+def _join_texts(pieces: list[str | Slot]) -> list[str | Slot]:
+    """Make one text of two that an absent slot left side by side; BOS stays on its own."""
+    joined: list[str | Slot] = []
+    for piece in pieces:
+        before = joined[-1] if joined else None
+        if isinstance(piece, str) and isinstance(before, str) and before != "<s>":
+            joined[-1] = before + piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[.,;:!?]", text.lower().replace("\u2019", "'"))
+
+
+def _phrases(labels: list[str]) -> dict[tuple[str, ...], str]:
+    """Word sequences that name a label, the longest first; a label's own words come before other forms."""
+    phrases = {tuple(_words(label)): label for label in labels}
+    for label in labels:
+        for form in next((forms for forms in _FORMS if label.lower() in forms), ()):
+            phrases.setdefault((form,), label)
+    return dict(sorted(phrases.items(), key=lambda item: -len(item[0])))
+
+
+def _negates(word: str) -> bool:
+    return word in _NEGATIONS or word.endswith("n't")

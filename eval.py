@@ -1,0 +1,78 @@
+"""Score a checkpoint on a benchmark: table, metrics.json, predictions.jsonl and confusion.png.
+
+$ python eval.py --ckpt out/llm_fast/checkpoints/best
+$ python eval.py --ckpt out/ravdess --decode generate --fold 2
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from common import config, dist, metrics
+from common.config import UserError, opt
+from common.log import confusion_png
+from data.clips import ClipData, Features, load_test
+from evals import emotion
+from evals.emotion import BENCHMARKS, DecodeConfig
+from predict import load
+
+
+@dataclass
+class Config:
+    ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
+    bench: str | None = opt(
+        None, "mer2023: six labels of a MERR list; clips: any manifest or list; default: by the data", "--bench",
+        choices=tuple(BENCHMARKS),
+    )  # fmt: skip
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    out: str | None = opt(None, "folder for the results; default: eval/<benchmark>/<checkpoint> in the run folder", "--out")
+    limit: int = opt(0, "most clips; 0: all", "--limit")
+    batch_size: int = opt(8, "clips decoded together", "--batch-size")
+    device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    seed: int = opt(42, "seed of sampling", "--seed")
+    data_root: str | None = opt(None, "other place of the data than in training", "--data-root")
+    features_root: str | None = opt(None, "other place of the feature stores")
+    manifest: str | None = opt(None, "another manifest", "--manifest")
+    fold: str | None = opt(None, "another fold of the manifest", "--fold")
+    test_file: str | None = opt(None, "another list of clips", "--test-file")
+    streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
+    prompt_layout: str | None = opt(None, "another prompt layout (train, original_eval)")
+
+
+def main(cfg: Config) -> None:
+    if not cfg.ckpt:
+        raise UserError("--ckpt is needed (a run folder or a checkpoint)")
+    here = dist.ranks(cfg.device)
+    say = print if here.main else lambda *_: None
+    predictor = load(cfg.ckpt, str(here.device))
+    say(f"{predictor.folder}: {predictor.coverage}")
+    names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
+    data_cfg = replace(predictor.data, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
+    bench = cfg.bench or ("clips" if data_cfg.manifest else "mer2023")
+    labels = BENCHMARKS[bench] or data_cfg.labels
+    features = Features(predictor.mllm.cfg.rows(), predictor.mllm.cfg.visual, data_cfg)
+    data = ClipData(load_test(data_cfg, say), features, data_cfg, predictor.tokenizer.encode)
+    say(f"{len(data)} clips ({data.coverage()})")
+    dist.connect(here)
+    scores, records = emotion.evaluate(
+        predictor.mllm, predictor.tokenizer, data, labels, cfg.decode, here, cfg.batch_size,
+        seed=cfg.seed, limit=cfg.limit, progress=True,
+    )  # fmt: skip
+    if here.main:
+        folder = predictor.folder
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+        out = Path(cfg.out) if cfg.out else run / "eval" / bench / folder.name
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {"bench": bench, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(cfg.decode)}
+        (out / "metrics.json").write_text(json.dumps(settings | scores, indent=1))
+        with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        confusion_png(scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {folder.name}")
+        say(metrics.table(scores, scores["majority"]))
+        say(f"{scores['clips']} clips, {cfg.decode.decode}: accuracy {scores['accuracy']:.4f}  uar {scores['uar']:.4f}  "
+            f"weighted_f1 {scores['weighted_f1']:.4f}  invalid {scores['invalid']:.1%}; written to {out}")  # fmt: skip
+    dist.cleanup()
+
+
+if __name__ == "__main__":
+    config.run(Config, main)

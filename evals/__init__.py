@@ -1,0 +1,1 @@
+"""One file a benchmark: model and data in, scores and predictions out."""

@@ -1,0 +1,141 @@
+"""Emotion recognition with the multimodal language model: one label a clip, by label scoring or by reading generated text."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import dist, metrics
+from common.config import opt
+from data.clips import ClipData, Sample
+from data.prompts import EMOTIONS6, extract_label
+from model.generate import generate, score_labels
+from model.mllm import Mllm, pack
+from model.tokenizer import Tokenizer
+
+BENCHMARKS = {"mer2023": list(EMOTIONS6), "clips": []}  # labels that are scored; none given: those of the training run
+
+
+@dataclass
+class DecodeConfig:
+    decode: str = opt("score", "score: likelihood of each label; generate: free text", "--decode", choices=("score", "generate"))
+    extract: str = opt("robust", "how a label is read from text (original: its last word)", choices=("robust", "original"))
+    max_new_tokens: int = opt(500, "longest generated answer", "--max-new-tokens")
+    num_beams: int = opt(1, "beam search width", "--num-beams")
+    temperature: float = opt(0.0, "0: greedy", "--temperature")
+    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", "--top-p")
+    repetition_penalty: float = opt(1.0, "above 1 discourages repeated tokens")
+
+
+def answer(
+    mllm: Mllm,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    cfg: DecodeConfig,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[dict]:
+    """One record a sample: id, label, prediction (None: no label in the answer), answer, and probabilities when scoring."""
+    order = sorted(range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces))
+    candidates = [tokenizer.encode(f"{label}</s>") for label in labels]
+    records: dict[int, dict] = {}
+    device = next(mllm.parameters()).device
+    bar = tqdm(total=len(order), desc=cfg.decode, unit="clip", disable=not (progress and sys.stderr.isatty()), leave=False)
+    for start in range(0, len(order), batch_size):  # neighbours in length share a batch
+        chosen = order[start : start + batch_size]
+        with torch.inference_mode():
+            prompts = mllm.prompts(pack([samples[i] for i in chosen], mllm.cfg, answers=False).to(device))
+            if cfg.decode == "score":
+                found = _score(mllm, prompts, candidates, labels)
+            else:
+                found = _generate(mllm, tokenizer, prompts, labels, cfg, seed + start)
+        for i, record in zip(chosen, found, strict=True):
+            sample = samples[i]
+            records[i] = {"id": sample.id, "label": sample.label, **record, "task": sample.task, "prompt": sample.prompt}
+        bar.update(len(chosen))
+    bar.close()
+    return [records[i] for i in range(len(samples))]
+
+
+def _score(mllm: Mllm, prompts: list[Tensor], candidates: list[list[int]], labels: Sequence[str]) -> list[dict]:
+    probabilities = score_labels(mllm.llm, prompts, candidates).softmax(-1).tolist()
+    best = [max(range(len(labels)), key=row.__getitem__) for row in probabilities]
+    return [
+        {"prediction": labels[b], "answer": labels[b], "probabilities": dict(zip(labels, row, strict=True))}
+        for b, row in zip(best, probabilities, strict=True)
+    ]
+
+
+def _generate(
+    mllm: Mllm, tokenizer: Tokenizer, prompts: list[Tensor], labels: Sequence[str], cfg: DecodeConfig, seed: int
+) -> list[dict]:
+    generator = torch.Generator(prompts[0].device).manual_seed(seed) if cfg.temperature > 0 else None
+    ids = generate(
+        mllm.llm, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
+        repetition_penalty=cfg.repetition_penalty, generator=generator,
+    )  # fmt: skip
+    answers = [tokenizer.decode(row).strip() for row in ids]
+    return [{"prediction": extract_label(text, labels, cfg.extract), "answer": text} for text in answers]
+
+
+def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -> dict:
+    """Scores of records beside the majority class; `invalid` is the share of answers without a label of the list.
+
+    With the original extraction an answer without a label counts as neutral, as the published numbers had it.
+    """
+    fallback = "neutral" if extract == "original" and "neutral" in labels else None
+    truth = [record["label"] for record in records]
+    predicted = [record["prediction"] if record["prediction"] is not None else fallback for record in records]
+    scores = metrics.classification(truth, predicted, labels)
+    scores["invalid"] = sum(record["prediction"] is None for record in records) / len(records)
+    scores["clips"] = len(records)
+    return scores | {"majority": metrics.majority(truth, labels)}
+
+
+def evaluate(
+    mllm: Mllm,
+    tokenizer: Tokenizer,
+    data: ClipData,
+    labels: Sequence[str],
+    cfg: DecodeConfig,
+    here: dist.Ranks,
+    batch_size: int = 8,
+    task: str = "emotion",
+    seed: int = 0,
+    limit: int = 0,
+    progress: bool = False,
+) -> tuple[dict, list[dict]]:
+    """Scores and records over the clips of `data` whose label is in `labels`; each rank takes every world-th clip, all get all."""
+    chosen = [i for i, label in enumerate(data.labels) if label in labels]
+    chosen = chosen[:limit] if limit else chosen
+    was_training = mllm.training
+    mllm.eval()
+    samples = [data.sample(i, task=task) for i in chosen[here.rank :: here.world]]
+    mine = answer(mllm, tokenizer, samples, labels, cfg, batch_size, seed, progress and here.main)
+    mllm.train(was_training)
+    parts = dist.gather(mine)
+    records = [parts[i % here.world][i // here.world] for i in range(len(chosen))]
+    return score(records, labels, cfg.extract), records
+
+
+@torch.inference_mode()
+def loss(mllm: Mllm, data: ClipData, here: dist.Ranks, batch_size: int, task: str, amp: Callable) -> float:
+    """Mean cross entropy of an answer token over the clips that have a target for `task`, in nats."""
+    mine = [data.sample(i, task=task) for i in range(here.rank, len(data), here.world)]
+    mine = [sample for sample in mine if sample.target]
+    was_training = mllm.training
+    mllm.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(mine), batch_size):
+        batch = pack(mine[start : start + batch_size], mllm.cfg).to(here.device)
+        with amp():
+            total += float(mllm(batch))
+        tokens += batch.targets
+    mllm.train(was_training)
+    total, tokens = dist.all_sum(total, tokens, device=here.device)
+    return total / max(tokens, 1)

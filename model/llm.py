@@ -1,0 +1,294 @@
+"""Pre-norm decoder of Llama-2 and Qwen2, speaking the published Hugging Face checkpoints."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.config import UserError
+from common.weights import find_weights, load_strict, read_json
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of a decoder, by the field names of its published config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # Qwen2: biases on q, k and v, none on o
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike | dict[str, Any]) -> "LlamaConfig":
+        """From a config.json of any transformers generation. UserError on what this decoder does not compute."""
+        where, given = ("config", source) if isinstance(source, dict) else (source, read_json(source))
+        rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+        for key, value, allowed in (
+            ("model_type", given.get("model_type"), ("llama", "qwen2")),
+            ("hidden_act", given.get("hidden_act", "silu"), ("silu",)),
+            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+            ("use_sliding_window", given.get("use_sliding_window", False), (False,)),
+            ("attention_bias", given.get("attention_bias", False), (False,)),
+            ("mlp_bias", given.get("mlp_bias", False), (False,)),
+        ):
+            if value not in allowed:
+                raise UserError(f"{where}: {key} {value!r} is not supported (only {', '.join(map(repr, allowed))})")
+        fields = {key: given[key] for key in cls.__dataclass_fields__ if given.get(key) is not None}
+        required = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        missing = [key for key in required if key not in fields]
+        if missing:
+            raise UserError(f"{where}: incomplete config, no {', '.join(missing)}")
+        heads = fields["num_attention_heads"]
+        fields = {"num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads} | fields
+        fields["attention_bias"] = given["model_type"] == "qwen2"
+        fields["rope_theta"] = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
+        return cls(**fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json of this shape; from_json and transformers read it."""
+        kind, architecture = ("qwen2", "Qwen2ForCausalLM") if self.attention_bias else ("llama", "LlamaForCausalLM")
+        shape = {key: value for key, value in asdict(self).items() if key != "attention_bias"}
+        return {"architectures": [architecture], "model_type": kind, "hidden_act": "silu", **shape}
+
+
+class Causal:
+    """Attention of a batch of whole sequences."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Packed:
+    """Causal attention inside each of the documents that lie back to back in one row."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+        self.bounds: Tensor | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
+            return self._varlen(q, k, v)
+        documents = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([Causal()(layer, *document) for document in documents], dim=2)
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self.bounds is None:  # once for all layers
+            self.bounds = torch.tensor([0, *self.lengths]).cumsum(0).to(q.device, torch.int32)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, Dh)
+        longest = max(self.lengths)
+        y = varlen_attn(q, k, v, self.bounds, self.bounds, longest, longest, window_size=(-1, 0))
+        assert isinstance(y, Tensor)
+        return y.transpose(0, 1)[None]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the kernel computes in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, fp32 (B, T, 1, Dh), of rotary positions (RoFormer), halves split as Hugging Face does."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None, None].float() / theta**exponents  # (B, T, 1, Dh/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, T, H, Dh); rolling by half a head swaps its halves, whose sign `sin` carries."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Attention(nn.Module):
+    """Projections and rotary positions around an attention strategy."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        dim, bias = config.hidden_size, config.attention_bias
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(dim, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, T, H, Dh)
+        y = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, H * Dh)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), attend, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """What lies under the `model.` prefix of the checkpoints."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Causal language model: ids or embeddings in, fp32 logits out."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = False  # recompute each layer in the backward pass
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(_init)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "Llama":
+        """A published or saved model, from a folder or a hub name (see find_weights), in eval mode."""
+        folder = find_weights(folder, "llama weights")
+        config = LlamaConfig.from_json(folder / "config.json")
+        with torch.device("meta"):
+            llm = cls(config)
+        tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+        load_strict(llm, folder, dtype, device, ignore=("rotary_emb.inv_freq", *tied))
+        llm._tie()
+        return llm.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """config.json and model.safetensors as Hugging Face lays them out. Merged adapters are part of the weights."""
+        if any(getattr(module, "merged", True) is False for module in self.modules()):
+            raise ValueError("merge the LoRA adapters before saving the whole model")
+        state = {name.replace(".base.", "."): t for name, t in self.state_dict().items() if ".lora_" not in name}
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        config = self.config.to_json() | {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")}
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({n: t.contiguous() for n, t in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings (..., D)."""
+        return self.model.embed_tokens(input_ids)
+
+    def hidden(self, x: Tensor, attend: Attend, positions: Tensor) -> Tensor:
+        """Embeddings x (B, T, D) at positions (B, T) -> states (B, T, D) after the final norm."""
+        cos, sin = rope(positions, self.config.head_dim, self.config.rope_theta)
+        recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            run: Any = partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False) if recompute else layer
+            x = run(x, attend, cos, sin)
+        return self.model.norm(x)
+
+    def head(self, h: Tensor) -> Tensor:
+        """States (..., D) -> fp32 logits (..., V)."""
+        few = h.device.type == "cpu" and 1 < h.shape[:-1].numel() <= 64 and not torch.is_grad_enabled()
+        if few and type(self.lm_head) is nn.Linear:
+            # oneMKL is up to 4x faster on this shape with the tall matrix on the left
+            logits = self.lm_head.weight @ h.flatten(0, -2).T  # (V, rows)
+            return logits.T.float().reshape(*h.shape[:-1], -1)
+        return self.lm_head(h).float()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lengths: list[int] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T) or embeddings (B, T, D) -> fp32 logits (B, T, V).
+
+        With `lengths` the one row is packed: documents back to back, blind to each other, positions restarting.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.embed(input_ids)
+        if inputs_embeds is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        rows, width = inputs_embeds.shape[:2]
+        if lengths is not None and (rows, width) != (1, sum(lengths)):
+            raise ValueError(f"lengths sum to {sum(lengths)}, but the packed input is {rows} x {width}")
+        if positions is None:
+            positions = document_positions(lengths or [width], inputs_embeds.device).expand(rows, -1)
+        attend = Causal() if lengths is None else Packed(lengths)
+        return self.head(self.hidden(inputs_embeds, attend, positions))
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def document_positions(lengths: list[int], device: torch.device | str) -> Tensor:
+    """Positions (1, T) of documents back to back: 0 .. n-1 for each."""
+    return torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+
+
+def _init(module: nn.Module) -> None:
+    """GPT-2's initialisation, which Llama's trainers share: normal, standard deviation 0.02."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

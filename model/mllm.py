@@ -1,0 +1,223 @@
+"""The multimodal language model: text pieces and projected embeddings in one packed sequence, for training and inference alike."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import checkpoint
+from common.config import UserError, from_dict, opt
+from common.weights import find_weights, identity
+from model.llm import Llama, LlamaConfig, Packed
+from model.lora import add_lora
+from model.tokenizer import Tokenizer
+
+IGNORE_INDEX = -100
+PATCH = 14  # pixels: EVA ViT-g's patch
+CHUNK = 4096  # labelled positions whose logits exist at one time
+
+
+@dataclass
+class MllmConfig:
+    llm: str = opt("meta-llama/Llama-2-7b-chat-hf", "language model: folder or hub name", "--llm")
+    tokenizer: str | None = opt(None, "tokenizer.model; default: the one beside the language model", "--tokenizer")
+    lora_r: int = opt(64, "LoRA rank", "--lora-r", span=(32, 128))
+    lora_alpha: int = opt(16, "LoRA alpha; the update is scaled by alpha / r", "--lora-alpha", span=(8, 32))
+    lora_dropout: float = opt(0.05, "dropout on the input of every LoRA adapter", "--lora-dropout", "--dropout")
+    lora_targets: list[str] = opt(["q_proj", "v_proj"], "linears that get an adapter")
+    full: bool = opt(False, "train the whole (small) language model instead of LoRA", "--full")
+    features: dict[str, int] = opt(
+        {"mae_340_UTT": 1024, "maeV_399_UTT": 1024, "HL-UTT": 1024}, "utterance features in prompt order: name=width"
+    )
+    normalize: bool = opt(False, "standardise features by train-split statistics kept in the checkpoint")
+    visual: str | None = opt("eva_vit_g", "store of visual tokens (a CLS row, then patches); none: no picture")
+    visual_width: int = opt(1408, "width of a visual token")
+    image_size: int = opt(448, "side of the picture in pixels, one visual token per 14 x 14", "--image-size")
+    merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
+    max_txt_len: int = opt(1024, "longest answer in tokens")
+    max_len: int = opt(3800, "longest sequence; cut on the right")
+    grad_checkpoint: bool = opt(True, "recompute a layer's activations in the backward pass", "--grad-checkpoint")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // PATCH) ** 2
+
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Slot -> (rows, width) of its raw value; "image" and "cls" come from the same visual tokens."""
+        visual = {"image": (self.patches, self.visual_width), "cls": (1, self.visual_width)} if self.visual else {}
+        return visual | {name: (1, width) for name, width in self.features.items()}
+
+
+class Sample(Protocol):
+    """What pack() reads: a clip's id, its pieces (token ids, or the name of a slot), its answer and its slots' values."""
+
+    id: str
+    pieces: list[list[int] | str]
+    answer: list[int]
+    values: dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """Samples back to back: T positions in all, no padding."""
+
+    ids: list[str]
+    input_ids: Tensor  # (T,) zero at slots
+    labels: Tensor  # (T,) IGNORE_INDEX but at answers
+    positions: Tensor  # (T,) restart at every sample
+    lengths: list[int]
+    slots: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> ((n,) places, (m, rows, width))
+
+    @property
+    def targets(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        move = {f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        slots = {name: (at.to(device), value.to(device)) for name, (at, value) in self.slots.items()}
+        return Batch(self.ids, lengths=self.lengths, slots=slots, **move)
+
+
+def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Batch:
+    """Lays samples out back to back; with `answers` off only their prompts, as generation and label scoring need them."""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    places: dict[str, list[int]] = {}
+    values: dict[str, list[Tensor]] = {}
+    for sample in samples:
+        start = len(input_ids)
+        for piece in sample.pieces:
+            if isinstance(piece, list):
+                input_ids += piece
+                continue
+            rows = cfg.rows()[piece][0] // (cfg.merge if piece == "image" else 1)
+            places.setdefault(piece, []).extend(range(len(input_ids), len(input_ids) + rows))
+            values.setdefault(piece, []).append(sample.values[piece])
+            input_ids += [0] * rows
+        prompt = len(input_ids) - start
+        answer = sample.answer[: cfg.max_txt_len][: max(cfg.max_len - prompt, 0)] if answers else []
+        if prompt > cfg.max_len:
+            raise UserError(f"clip {sample.id}: its prompt has {prompt} tokens, --max-len is {cfg.max_len}")
+        input_ids += answer
+        labels += [IGNORE_INDEX] * prompt + answer
+        lengths.append(prompt + len(answer))
+    return Batch(
+        ids=[sample.id for sample in samples],
+        input_ids=torch.tensor(input_ids),
+        labels=torch.tensor(labels),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        lengths=lengths,
+        slots={name: (torch.tensor(at), torch.stack(values[name])) for name, at in places.items()},
+    )
+
+
+class Projection(nn.Linear):
+    """Raw rows of a slot -> language model width, `merge` neighbouring rows at a time; optionally standardised first."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, hidden: int, merge: int = 1, normalize: bool = False) -> None:
+        super().__init__(width * merge, hidden)
+        self.merge = merge
+        self.normalize = normalize
+        if normalize:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("std", torch.ones(width))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(m, rows, width) -> (m * rows / merge, hidden), computed in float32."""
+        value = value.float()
+        if self.normalize:
+            value = (value - self.mean) / self.std
+        return super().forward(value.reshape(-1, self.in_features))  # 4 raster patches: a 1 x 4 strip of the picture
+
+
+class Mllm(nn.Module):
+    """Llama with adapters, and one projection a slot."""
+
+    def __init__(self, cfg: MllmConfig, llm: Llama) -> None:
+        super().__init__()
+        if cfg.visual and (cfg.image_size % PATCH or cfg.patches % cfg.merge):
+            raise UserError(f"--image-size {cfg.image_size}: needs a multiple of 14 whose patches divide by {cfg.merge}")
+        self.cfg = cfg
+        self.llm = llm.requires_grad_(cfg.full)
+        if not cfg.full:
+            add_lora(llm, cfg.lora_targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        llm.grad_checkpoint = cfg.grad_checkpoint
+        self.projections = nn.ModuleDict(
+            {
+                name: Projection(
+                    width, llm.config.hidden_size, cfg.merge if name == "image" else 1, cfg.normalize
+                )
+                for name, (_, width) in cfg.rows().items()
+            }
+        )
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(1, T, D) embeddings: token embeddings, with every slot's places taken by its projection."""
+        x = self.llm.embed(batch.input_ids)[None]
+        for name, (places, value) in batch.slots.items():
+            rows = self.projections[name](value).to(x.dtype)
+            x = x.index_copy(1, places, rows[None])
+        return x
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum over the batch's labelled positions of the cross entropy in nats (divide by the tokens of the whole step)."""
+        hidden = self.llm.hidden(self.embed(batch), Packed(batch.lengths), batch.positions[None])[0]
+        at = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
+        hidden, labels = hidden.index_select(0, at - 1), batch.labels[at]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            loss = loss + F.cross_entropy(self.llm.head(h), y, reduction="sum")
+        # every projection takes part in every step, as DDP and the optimiser's decay expect
+        idle = [p for name, module in self.projections.items() if name not in batch.slots for p in module.parameters()]
+        return loss + sum((p.sum() * 0.0 for p in idle), torch.zeros((), device=loss.device))
+
+    def prompts(self, batch: Batch) -> list[Tensor]:
+        """Embeddings of each sample's prompt, a list of (T_i, D)."""
+        return list(self.embed(batch)[0].split(batch.lengths))
+
+    def set_statistics(self, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Mean and standard deviation of each slot's raw rows over the train split."""
+        for name, (mean, std) in statistics.items():
+            self.projections[name].mean.copy_(mean)
+            self.projections[name].std.copy_(std.clamp_min(1e-5))
+
+
+def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Small files that make a checkpoint stand alone: the language model's shape and the tokenizer."""
+    config = json.dumps(mllm.llm.config.to_json(), indent=1)
+    return {"llm_config.json": config.encode(), "tokenizer.model": Path(tokenizer.path).read_bytes()}
+
+
+def build(cfg: MllmConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None) -> tuple[Mllm, Tokenizer]:
+    """The model on its base weights, and its tokenizer; `folder` is the checkpoint it will be loaded from, if any.
+
+    A fully trained language model comes whole from its checkpoint, so only its shape is taken from `folder` here.
+    """
+    torch.manual_seed(0)  # adapters and projections start alike on every rank and in every run of a recipe
+    if cfg.full and folder is not None:
+        llm = Llama(LlamaConfig.from_json(folder / "llm_config.json")).to(device, dtype)
+    else:
+        llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device))
+    if folder is not None and (folder / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(folder)
+    else:
+        tokenizer = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"))
+    return Mllm(cfg, llm).to(device), tokenizer
+
+
+def load(folder: Path, state: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Mllm, Tokenizer, str]:
+    """The trained model of a checkpoint folder whose state.json is `state`, in eval mode, with its loading coverage."""
+    cfg = from_dict(MllmConfig, state["config"]["model"])
+    mllm, tokenizer = build(cfg, dtype, device, folder)
+    if not cfg.full and state["base"] != identity(find_weights(cfg.llm, "language model")):
+        raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
+    return mllm.eval(), tokenizer, checkpoint.load_model(mllm, folder)

@@ -1,0 +1,387 @@
+"""Instruction-tune a Llama-2 with LoRA on the face, voice and words of clips (Emotion-LLaMA).
+
+$ python train_llm.py --fast
+$ torchrun --nproc-per-node 4 train_llm.py --cfg configs/stage1.yaml
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from common import checkpoint, config, dist, optim
+from common.config import UserError, opt
+from common.log import Logger, confusion_image
+from common.metrics import table
+from common.optim import OptimConfig, lr_at
+from common.weights import find_weights, identity
+from data.clips import ClipData, DataConfig, Features, load_splits, load_test
+from data.features import StoreWriter, encode_clip
+from data.loader import windows
+from data.merr import load_merr
+from data.mock import make_mock
+from data.prompts import emotion_question, segments
+from evals import emotion, sizes
+from evals.emotion import DecodeConfig
+from model.encoders import load as load_encoder
+from model.mllm import Mllm, MllmConfig, build, checkpoint_files, pack
+from model.tokenizer import Tokenizer
+from model.toy import make_toy_llm
+
+FAST_CLIPS = (480, 120)  # train and test
+# --fast: everything is made on the spot (data/mock.py, model/toy.py), nothing is downloaded
+FAST = {
+    "model.full": True, "model.features": {"face": 0, "voice": 0}, "model.normalize": True, "model.visual": "patches",
+    "model.image_size": 56, "model.grad_checkpoint": False, "data.task_pool": {"emotion": 1.0}, "data.valid_share": 0.12,
+    "data.labels": ["happy", "sad", "neutral", "angry", "worried", "surprise"], "data.enable_augmentation": True,
+    "optim.lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 16,
+    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 4, "save_every": 4,
+    "save_best": True, "test": True, "decode.max_new_tokens": 8, "eval_batch_size": 32,
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    model: MllmConfig = field(default_factory=MllmConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    ckpt: str | None = opt(None, "start from these weights: a previous stage's run folder or checkpoint", "--ckpt")
+    out: str | None = opt(None, "run folder; default: out/<config name>", "--out")
+    epochs: int = opt(30, "epochs in all", "--epochs", span=(20, 50))
+    iters_per_epoch: int = opt(0, "optimiser steps an epoch; 0: one pass over the data", "--iters-per-epoch")
+    batch_size: int = opt(1, "clips a process and micro-batch", "--batch-size", span=(1, 2))
+    accum: int = opt(1, "micro-batches an optimiser step", "--accum")
+    precision: str = opt("bf16", "arithmetic; fp32 on a CPU", "--precision", choices=("fp32", "bf16", "fp16"))
+    device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    seed: int = opt(42, "seed of everything random", "--seed")
+    num_workers: int = opt(6, "threads that read clips ahead", "--num-workers")
+    log_every: int = opt(50, "optimiser steps between log lines", "--log-every")
+    evaluate: bool = opt(False, "score the validation clips while training", "--evaluate")
+    eval_every: int = opt(5, "epochs between evaluations", "--eval-every")
+    eval_batch_size: int = opt(8, "clips decoded together", "--eval-batch-size")
+    eval_limit: int = opt(0, "most validation clips; 0: all")
+    save_every: int = opt(1, "epochs between checkpoints", "--save-every")
+    save_steps: int = opt(0, "also a checkpoint every so many steps; 0: none", "--save-steps")
+    save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
+    metric: str = opt(
+        "weighted_f1", "validation score that chooses the best", "--metric",
+        choices=("weighted_f1", "accuracy", "war", "uar", "macro_f1", "loss"),
+    )  # fmt: skip
+    keep: int = opt(0, "newest checkpoints to keep besides best; 0: all", "--keep")
+    test: bool = opt(False, "read the test split once, after training", "--test")
+    resume: str | None = opt(None, "go on from the run's last checkpoint, or from PATH", "--resume", bare="last")
+    overwrite: bool = opt(False, "replace the run in --out", "--overwrite")
+    fast: bool = opt(False, "a small run on synthetic clips: no data, no weights, under three minutes on a CPU", "--fast")
+    dry_run: bool = opt(False, "build the model without memory, print its sizes and one sample, and stop", "--dry-run")
+
+
+def main(cfg: Config) -> None:
+    here = dist.ranks(cfg.device)
+    say = print if here.main else lambda *_: None
+    if cfg.fast:
+        dist.connect(here)
+        cfg = dist.main_first(here, partial(prepare_fast, cfg))
+    if cfg.dry_run:
+        return dry_run(cfg, say)
+    cfg, start = resume_or_start(cfg, say)
+    out = Path(cfg.out)
+    precision = cfg.precision if here.device.type == "cuda" else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    amp = partial(torch.autocast, here.device.type, dtype, enabled=precision != "fp32")
+    scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
+
+    # ---- data, checked before any connection is opened
+    splits = load_splits(cfg.data, cfg.seed, cfg.evaluate, say)
+    features = Features(cfg.model.rows(), cfg.model.visual, cfg.data)
+    features.scan(splits["train"], cfg.data.max_bad, say)
+    mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
+    train = ClipData(splits["train"], features, cfg.data, tokenizer.encode, train=True, seed=cfg.seed)
+    valid = ClipData(splits["valid"], features, cfg.data, tokenizer.encode) if splits["valid"] else None
+    say(f"train: {len(train)} clips ({train.coverage()}); classes {train.class_counts()}")
+    task = "emotion" if "emotion" in cfg.data.task_pool else next(iter(cfg.data.task_pool))
+
+    # ---- model and optimiser, from scratch, from a previous stage, or where this run stopped
+    if cfg.model.normalize and start is None:
+        mllm.set_statistics(features.statistics(train.clips))
+    optimizer = optim.build(mllm, cfg.optim)
+    step, best, history = 0, {}, []
+    if start is not None:
+        say(f"resumed from {start}: {checkpoint.load_model(mllm, start)}")
+        optim.load_state_tensors(mllm, optimizer, checkpoint.read_tensors(start / checkpoint.OPTIMIZER))
+        state = checkpoint.read_state(start)
+        step, best, history = state["step"], state["best"], state["history"]
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    elif cfg.ckpt:
+        folder = checkpoint.resolve(cfg.ckpt, prefer="best")
+        say(f"weights of {folder}: {checkpoint.load_model(mllm, folder)}")
+
+    dist.connect(here)
+    lock = dist.main_first(here, partial(open_run, cfg, out, start))
+    log = Logger(str(out), here.main)
+    log.truncate(step)
+    stop = dist.Stop()
+    ddp = mllm
+    if here.world > 1:
+        ids = [here.device.index] if here.device.type == "cuda" else None
+        ddp = DDP(mllm, device_ids=ids, broadcast_buffers=False)
+    per_step = cfg.batch_size * here.world * cfg.accum
+    iters = cfg.iters_per_epoch or max(1, len(train) // per_step)
+    total = cfg.epochs * iters
+    trained = sum(p.numel() for p in mllm.parameters() if p.requires_grad)
+    say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}; {iters} steps an epoch, "
+        f"{total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
+    base = None if cfg.model.full else identity(find_weights(cfg.model.llm))
+    files = checkpoint_files(mllm, tokenizer)
+
+    def save(name: str, is_best: bool = False) -> None:
+        state = {
+            "step": step, "epoch": step // iters, "best": best, "history": history, "scaler": scaler.state_dict(),
+            "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": cfg.data.labels, "base": base,
+            "features": features.describe(), "world": here.world, "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }  # fmt: skip
+        tensors = optim.state_tensors(mllm, optimizer)
+        write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, is_best, cfg.keep)
+        dist.main_first(here, lambda: write() and None)
+
+    # ---- training
+    mllm.train()
+    seen_loss, seen_tokens, waited, hinted, since = 0.0, 0.0, 0.0, False, time.perf_counter()
+    bar = log.bar(total, step, "train")
+    source = windows(train, range(step, total), cfg.seed, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
+    while step < total:
+        waiting = time.perf_counter()
+        micro_batches = next(source)
+        batches = [pack(samples, cfg.model) for samples in micro_batches]
+        waited += time.perf_counter() - waiting
+        if stop.orphaned():
+            raise SystemExit("torchrun is gone: this rank stops")
+        tokens, stopping = dist.all_sum(sum(b.targets for b in batches), stop.requested, device=here.device)
+        if stopping:
+            break
+        dist.seed_all(cfg.seed, step, here.rank)
+        loss_sum = 0.0
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last or here.world == 1 else ddp.no_sync():
+                with amp():
+                    loss = ddp(batch.to(here.device))
+                # DDP averages over ranks, the loss is a mean over the answer tokens of the whole step
+                scaler.scale(loss * (here.world / tokens)).backward()
+            loss_sum += float(loss.detach())
+        scaler.unscale_(optimizer)
+        norm = optim.grad_norm(optimizer, cfg.optim.grad_clip)
+        lr = lr_at(step, total, cfg.optim)
+        broken = not math.isfinite(loss_sum) or (not math.isfinite(norm) and precision != "fp16")
+        if dist.all_sum(broken, device=here.device)[0]:
+            ids = ", ".join(sample.id for samples in micro_batches for sample in samples)
+            raise UserError(
+                f"step {step}: loss {loss_sum / tokens:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}, clips {ids}; the last "
+                f"checkpoint is kept: lower --lr, set --grad-clip, or check these clips' features"
+            )
+        optim.set_lr(optimizer, lr)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        epoch, at_end = step // iters, step % iters == 0
+        seen_loss, seen_tokens = seen_loss + loss_sum, seen_tokens + tokens
+        bar.update()
+        if step % cfg.log_every == 0 or step == total:
+            seconds, (mean,) = time.perf_counter() - since, dist.all_sum(seen_loss, device=here.device)
+            mean /= seen_tokens
+            log(step, epoch=step / iters, loss=mean, lr=lr, grad_norm=norm, tokens_per_s=seen_tokens / seconds,
+                data_wait=waited / seconds)  # fmt: skip
+            bar.set_postfix(loss=f"{mean:.3f}")
+            if waited > 0.2 * seconds and not hinted:
+                log.say(f"{waited / seconds:.0%} of the time goes to waiting for data: raise --num-workers")
+                hinted = True
+            history.append({"step": step, "loss": mean})
+            seen_loss, seen_tokens, waited, since = 0.0, 0.0, 0.0, time.perf_counter()
+
+        # ---- validation and checkpoints
+        is_best = False
+        if at_end and valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
+            scores, records = emotion.evaluate(
+                mllm, tokenizer, valid, cfg.data.labels, cfg.decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
+            )
+            scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
+            report(log, step, scores, records, cfg.data.labels)
+            history.append({"step": step, "epoch": epoch, "valid_loss": scores["loss"], "valid": scores[cfg.metric]})
+            better = scores[cfg.metric] < best.get("value", math.inf) if cfg.metric == "loss" else (
+                scores[cfg.metric] > best.get("value", -math.inf))  # fmt: skip
+            is_best = cfg.save_best and better
+            if is_best:
+                best = {"metric": cfg.metric, "value": scores[cfg.metric], "checkpoint": f"epoch_{epoch:03d}"}
+            since = time.perf_counter()
+        if at_end and (epoch % cfg.save_every == 0 or is_best or step == total):
+            save(f"epoch_{epoch:03d}", is_best)
+        elif cfg.save_steps and step % cfg.save_steps == 0:
+            save(f"step_{step:06d}")
+    bar.close()
+
+    # ---- the end, or a stop asked for
+    results = {"config": config.to_dict(cfg), "history": history, "best": best, "commit": checkpoint.commit(),
+               "seed": cfg.seed, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
+    if step < total:
+        newest = checkpoint.newest(out / "checkpoints")
+        if newest is None or checkpoint.read_state(newest)["step"] < step:
+            save(f"step_{step:06d}")
+        say(f"stopped after step {step} of {total}; go on with the same command and --resume")
+    else:
+        say(f"finished: {out / 'checkpoints'}" + (f", best {best['metric']} {best['value']:.4f}" if best else ""))
+        warn_overfit(history, say)
+        if cfg.test:
+            chosen = out / "checkpoints" / ("best" if best else "last")
+            checkpoint.load_model(mllm, chosen)
+            test = ClipData(load_test(cfg.data, say), features, cfg.data, tokenizer.encode)
+            results["test"] = final_test(cfg, mllm, tokenizer, test, here, say)
+        if here.main:
+            (out / "results.json").write_text(json.dumps(results, indent=1))
+    log.close()
+    if lock:
+        lock.release()
+    dist.cleanup()
+
+
+def prepare_fast(cfg: Config) -> Config:
+    """Makes the clips, features, tokenizer and language model of --fast below the run folder; the config that uses them."""
+    out = Path(cfg.out or "out/llm_fast")
+    cfg = config.preset(cfg, FAST | {
+        "out": str(out), "model.llm": str(out / "base"), "data.data_root": str(out / "mock"),
+        "data.features_root": str(out / "features"), "batch_size": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))),
+    })  # fmt: skip
+    encoders = {
+        "face": (load_encoder("framestats"), "stats"), "voice": (load_encoder("logmel"), "stats"),
+        "patches": (load_encoder("framestats", image_size=cfg.model.image_size), "patches"),
+    }  # fmt: skip
+    width = {name: encoder.out_dim(pooling) for name, (encoder, pooling) in encoders.items()}
+    cfg.model.features, cfg.model.visual_width = {"face": width["face"], "voice": width["voice"]}, width["patches"]
+    if (out / "base" / "config.json").exists() and cfg.resume:
+        return cfg
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"--fast: drawing and speaking {sum(FAST_CLIPS)} synthetic clips below {out / 'mock'}")
+    make_mock(out / "mock", *FAST_CLIPS, seed=cfg.seed, workers=2)
+    clips = [clip for file in (cfg.data.annotation_file, "relative_test3_NCEV.txt")
+             for clip in load_merr(out / "mock", file)[0]]  # fmt: skip
+    for name, (encoder, pooling) in encoders.items():
+        writer = StoreWriter(out / "features" / name, encoder.info(pooling))
+        with ThreadPoolExecutor(2) as pool:
+            for clip, value in zip(clips, pool.map(partial(encode_clip, encoder=encoder, pooling=pooling), clips), strict=True):
+                writer.add(clip.id, value)
+        writer.close()
+        writer.finish()
+    question = emotion_question(cfg.data.labels)
+    known = [clip for clip in clips if clip.id.startswith("sample_")]  # the test clips' sentences stay unseen
+    written = ["".join(part for part in segments("emotion", question, clip.text, []) if isinstance(part, str)) for clip in known]
+    make_toy_llm(out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed)
+    return cfg
+
+
+def resume_or_start(cfg: Config, say: Callable[[str], None]) -> tuple[Config, Path | None]:
+    """The run's config and the checkpoint it goes on from, None for a fresh start."""
+    name = Path(config.source(cfg) or "llm").stem
+    out = Path(cfg.out or f"out/{name}")
+    start = None
+    if cfg.resume and cfg.resume != "last":
+        if not Path(cfg.resume).exists():
+            raise UserError(f"--resume {cfg.resume}: not found (first run: leave --resume out)")
+        start = checkpoint.resolve(cfg.resume)
+        out = Path(cfg.out) if cfg.out else start.parent.parent
+    elif cfg.resume:
+        start = checkpoint.newest(out / "checkpoints")
+        if start is None and config.flagged(cfg, "ckpt"):
+            start = checkpoint.resolve(cfg.ckpt)
+        if start is None:
+            say(f"--resume: {out} holds no checkpoint yet, starting fresh")
+    elif checkpoint.newest(out / "checkpoints") and not cfg.overwrite:
+        raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out DIR starts elsewhere")
+    if start is not None:
+        cfg, changes = config.resume(cfg, checkpoint.read_state(start)["config"])
+        for change in changes:
+            say(f"changed since the run began: {change}")
+    cfg.out = str(out)
+    return cfg, start
+
+
+def open_run(cfg: Config, out: Path, start: Path | None) -> checkpoint.RunLock:
+    """Takes the run folder: locks it, clears what a killed save left, sets aside what is later than `start`."""
+    lock = checkpoint.RunLock(out)
+    if cfg.overwrite and start is None:
+        for old in ("checkpoints", "tensorboard", "eval"):
+            shutil.rmtree(out / old, ignore_errors=True)
+        (out / "log.jsonl").unlink(missing_ok=True)
+    root = out / "checkpoints"
+    root.mkdir(exist_ok=True)
+    checkpoint.clean(root)
+    if start is not None and start.parent == root.resolve():
+        checkpoint.rewind(root, checkpoint.read_state(start))
+    (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
+    return lock
+
+
+def report(log: Logger, step: int, scores: dict, records: list[dict], labels: list[str]) -> None:
+    """Logs one evaluation: scores beside the majority class, the confusion picture, a few answers."""
+    numbers = {f"valid/{key}": scores[key] for key in ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "invalid")}
+    log(step, **numbers, majority=scores["majority"]["weighted_f1"])
+    log.figure("valid/confusion", confusion_image(scores["confusion"], labels), step)
+    for record in records[:3]:
+        line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
+        log.say(f"  sample {line}")
+        log.text("valid/samples", line, step)
+
+
+def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
+    """Says so when the loss on unseen clips rose while the training loss fell."""
+    valid = [(point["step"], point["valid_loss"]) for point in history if "valid_loss" in point]
+    losses = [point["loss"] for point in history if "loss" in point]
+    if len(valid) > 1 and len(losses) > 1 and losses[-1] < losses[0]:
+        at, low = min(valid, key=lambda point: point[1])
+        if valid[-1][1] > 1.05 * low:
+            say(f"overfitting: valid loss was lowest ({low:.4f}) at step {at} and ended at {valid[-1][1]:.4f}, while the "
+                f"train loss fell to {losses[-1]:.4f}: stop earlier, or raise --dropout or --weight-decay")  # fmt: skip
+
+
+def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, here: dist.Ranks, say: Callable) -> dict:
+    """Scores on the test split by both ways of decoding, and with one kind of stream at a time."""
+    visual = [name for name in cfg.model.rows() if name not in ("voice",)]
+    runs = {"score": ("score", []), "generate": ("generate", [])}
+    if cfg.fast:
+        runs |= {"face only": ("score", visual), "voice only": ("score", ["voice"]), "words only": ("score", ["text"])}
+    results = {}
+    for name, (decode, streams) in runs.items():
+        data = test.only(streams)
+        settings = replace(cfg.decode, decode=decode)
+        scores, _ = emotion.evaluate(
+            mllm, tokenizer, data, cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
+        )
+        results[name] = scores
+        say(f"test, {name:<10}: accuracy {scores['accuracy']:.4f}  uar {scores['uar']:.4f}  weighted_f1 "
+            f"{scores['weighted_f1']:.4f}  (majority {scores['majority']['accuracy']:.4f}, {scores['clips']} clips)")  # fmt: skip
+    say(table(results["score"], results["score"]["majority"]))
+    return results
+
+
+def dry_run(cfg: Config, say: Callable[[str], None]) -> None:
+    """Prints what the run would cost; uses a clip of the data where they are here."""
+    try:
+        clip = load_splits(cfg.data, cfg.seed, False, lambda _: None)["train"][0]
+    except UserError:
+        clip = None
+    sizes.report(cfg.model, cfg.data, cfg.batch_size, clip, say)
+
+
+if __name__ == "__main__":
+    config.run(Config, main)

@@ -2,30 +2,36 @@
 
 import contextlib
 import errno
+import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from common.config import UserError
+from common.weights import check_names, check_shapes, read_json, read_tensors
 
 NAME = re.compile(r"(epoch|step)_\d+$")
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+LINKS = ("last", "best")
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of `module` holds: parameters that train, and buffers."""
+    """What a checkpoint of `module` holds: parameters that train, and persistent buffers."""
+    persistent = module.state_dict()
     state = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return state | dict(module.named_buffers())
+    return state | {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
 def save(
@@ -41,40 +47,55 @@ def save(
     """Writes root/name with `extra` small files, points `last` (and `best`) at it, deletes all but the newest `keep`.
 
     The folder is filled under a temporary name, synced and renamed; links are replaced in one call. An error (a full
-    disk) leaves earlier checkpoints as they were.
+    disk) leaves earlier checkpoints as they were. Another checkpoint of the same name moves to root/superseded/.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final, temporary = root / name, root / f".tmp-{name}-{os.getpid()}"
-    if not final.exists():  # the same step of the same run may ask twice: a stop right after an epoch's end
-        try:
-            temporary.mkdir()
-            tensors = {key: value.contiguous().cpu() for key, value in trainable_state(module).items()}
-            save_file(tensors, temporary / MODEL)
-            save_file(optimizer, temporary / OPTIMIZER)
-            for file, content in extra.items():
-                (temporary / file).write_bytes(content)
-            (temporary / STATE).write_text(json.dumps(state, indent=1))
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
+    record = json.dumps(state, indent=1)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # the same step of the same run may ask twice: a stop right after an epoch's end
+        if not (final / STATE).is_file() or (final / STATE).read_text() != record:
+            _fill(temporary, module, optimizer, extra | {STATE: record.encode()})
+            if final.exists():  # the epochs of a resumed run got another length
+                _set_aside(final)
             temporary.rename(final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-            reason = "no space left on the disk" if full else error
-            raise UserError(f"cannot save {final}: {reason}; earlier checkpoints are kept") from None
-    _link(root / "last", name)
-    if best:
-        _link(root / "best", name)
-    _sync(root)
+        _link(root / "last", name)
+        if best:
+            _link(root / "best", name)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        clean(root)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        reason = "no space left on the disk" if full else error
+        raise UserError(f"cannot save {final}: {reason}; earlier checkpoints are kept") from None
     if keep > 0:
-        spare = {os.readlink(root / link) for link in ("last", "best") if (root / link).is_symlink()}
-        for old in checkpoints(root)[:-keep]:
-            if old.name not in spare:
-                trash = root / f".tmp-trash-{old.name}"
-                old.rename(trash)  # gone in one call; the slow part may be interrupted
-                shutil.rmtree(trash, ignore_errors=True)
+        _prune(root, keep)
     return final
+
+
+def _fill(folder: Path, module: nn.Module, optimizer: dict[str, torch.Tensor], files: dict[str, bytes]) -> None:
+    """Writes a checkpoint's files and waits until the disk has them."""
+    shutil.rmtree(folder, ignore_errors=True)  # process ids come again
+    folder.mkdir()
+    for file, tensors in ((MODEL, trainable_state(module)), (OPTIMIZER, optimizer)):
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / file)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, the links' targets, and folders that the user named."""
+    spare = {(root / link).resolve() for link in LINKS}
+    ours = [path for path in checkpoints(root) if NAME.match(path.name)]
+    for old in ours[:-keep]:
+        if old.resolve() not in spare:
+            trash = root / f".tmp-trash-{old.name}"
+            with contextlib.suppress(OSError):  # a folder that stays is no reason to stop a run
+                old.rename(trash)  # gone in one call; the slow part may be interrupted
+                shutil.rmtree(trash)
 
 
 def _sync(path: Path) -> None:
@@ -87,33 +108,43 @@ def _sync(path: Path) -> None:
 
 def _link(link: Path, target: str) -> None:
     temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    if link.is_dir() and not link.is_symlink():  # the run was copied by something that knows no links
+        _set_aside(link)
     os.replace(temporary, link)
 
 
+def _set_aside(path: Path) -> None:
+    """Moves a checkpoint to superseded/ beside it, under the first free name."""
+    folder = path.parent / "superseded"
+    folder.mkdir(exist_ok=True)
+    names = (f"{path.name}.{number}" if number else path.name for number in itertools.count())
+    path.rename(next(folder / name for name in names if not (folder / name).exists()))
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """Whole checkpoints in root, oldest step first."""
-    found = [path for path in root.glob("*_*") if NAME.match(path.name) and (path / STATE).is_file()]
+    """Whole checkpoints in root under any name but the links', oldest step first."""
+    names = [path for path in root.glob("*") if not path.name.startswith(".") and path.name not in LINKS]
+    found = [path for path in names if (path / STATE).is_file() and not path.is_symlink()]
     return sorted(found, key=lambda path: (read_state(path)["step"], path.name))
 
 
-def rewind(root: Path, state: dict[str, Any], aside: str = "superseded") -> list[str]:
-    """Going on from an older checkpoint: later ones move to root/superseded/, `last` and `best` point to what the older knew."""
-    later = [path for path in checkpoints(root) if read_state(path)["step"] > state["step"]]
+def rewind(root: Path, state: dict[str, Any]) -> list[str]:
+    """Going on from an older checkpoint: later ones move to root/superseded/, the links point to what the older knew."""
+    found = {path: read_state(path)["step"] for path in checkpoints(root)}
+    later = [path for path, step in found.items() if step > state["step"]]
     if later:
-        here = next(path.name for path in checkpoints(root) if read_state(path)["step"] == state["step"])
-        _link(root / "last", here)
+        here = next((path.name for path, step in found.items() if step == state["step"]), None)
+        if here:
+            _link(root / "last", here)
         best = state.get("best", {}).get("checkpoint")
         if best and (root / best).exists():
             _link(root / "best", best)
         elif (root / "best").is_symlink():
             (root / "best").unlink()
-        (root / aside).mkdir(exist_ok=True)
-        for path in later:
-            number = sum(1 for other in (root / aside).glob(f"{path.name}*"))
-            path.rename(root / aside / (f"{path.name}.{number}" if number else path.name))
+        for path in reversed(later):
+            _set_aside(path)
     return [path.name for path in later]
 
 
@@ -127,61 +158,45 @@ def clean(root: Path) -> None:
 
 
 def resolve(path: str | Path, prefer: str = "last") -> Path:
-    """One checkpoint folder from a checkpoint, a checkpoints/ folder or a run folder (its `prefer` link, else the newest)."""
+    """One checkpoint folder from a checkpoint, a checkpoints/ or a run folder (its `prefer` link, else the newest)."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if (folder / STATE).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
         if (folder / prefer / STATE).is_file():
             return (folder / prefer).resolve()
-        if folder.is_dir() and checkpoints(folder):
-            return checkpoints(folder)[-1].resolve()
+        if found := newest(folder):
+            return found.resolve()
     reason = "holds no checkpoint" if path.exists() else "not found"
     raise UserError(f"checkpoint {path}: {reason} (a run folder, its checkpoints/ or one checkpoint folder)")
 
 
 def newest(root: Path) -> Path | None:
     """The furthest whole checkpoint in root: after a kill between a rename and its link, ahead of `last`."""
-    found = checkpoints(root) if root.is_dir() else []
+    found = checkpoints(root)
+    if not found and (root / "last" / STATE).is_file():  # copied without the folder that it pointed to
+        return root / "last"
     return found[-1] if found else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from None
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file, memory-mapped."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    """A checkpoint's state.json."""
+    state = read_json(folder / STATE)
+    if not isinstance(state.get("step"), int):
+        raise UserError(f"{folder / STATE}: no step, so this is no checkpoint of a run")
+    return state
 
 
 def load_model(module: nn.Module, folder: Path) -> str:
-    """Loads model.safetensors into what trains in `module`, strictly; returns the coverage, such as "128/128 LoRA tensors"."""
+    """Loads model.safetensors into what trains in `module`, strictly; returns the coverage ("128/128 LoRA tensors")."""
     return load_tensors(module, read_tensors(folder / MODEL), str(folder / MODEL))
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> str:
-    """Copies `tensors` over trainable_state(module): same names, same shapes, or a UserError that names the difference."""
+    """Copies `tensors` over trainable_state(module); UserError unless names and shapes are the same."""
     own = trainable_state(module)
-    for problem, names in (
-        ("missing", [name for name in own if name not in tensors]),
-        ("unexpected", [name for name in tensors if name not in own]),
-        ("wrong shape", [n for n, value in tensors.items() if n in own and value.shape != own[n].shape]),
-    ):
-        if names:
-            shown = ", ".join(
-                f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}" if problem == "wrong shape" else name
-                for name in names[:3]
-            )
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{where}: {len(names)} {problem} tensors: {shown}{more}; nothing was loaded")
+    check_names(where, own, tensors)
+    check_shapes(where, own, {name: tuple(value.shape) for name, value in tensors.items()})
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
@@ -189,7 +204,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
 
 
 def coverage(loaded: list[str], own: list[str]) -> str:
-    """"128/128 LoRA tensors, 8/8 projection tensors": what of `own` is in `loaded`, by part of the model."""
+    """What of `own` is in `loaded`, by part of the model: "128/128 LoRA tensors, 8/8 projection tensors"."""
     kinds = {"LoRA": "lora_", "projection": "projections."}
     parts = []
     for kind, mark in (*kinds.items(), ("other", "")):
@@ -201,44 +216,65 @@ def coverage(loaded: list[str], own: list[str]) -> str:
 
 def commit() -> str:
     """Git commit of the code, "" outside a repository."""
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
+    command = ["git", "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git here
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 class RunLock:
     """Holds out/.lock while a run uses the folder; a lock whose process is gone is taken over."""
 
     def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         self.path = out / ".lock"
-        mine = {"host": socket.gethostname(), "pid": os.getpid()}
-        for _ in range(2):
-            try:
-                with open(self.path, "x") as file:
-                    json.dump(mine, file)
-                return
-            except FileExistsError:
-                holder = self._holder()
-                if holder and holder["host"] == mine["host"] and not _alive(holder["pid"]):
-                    self.path.unlink(missing_ok=True)
-                elif holder:
-                    raise UserError(
-                        f"{out} is in use by process {holder['pid']} on {holder['host']}; "
-                        f"choose another --out, or delete {self.path} if that process is gone"
-                    ) from None
-                else:
-                    self.path.unlink(missing_ok=True)  # empty: killed between creating and writing it
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with _alone(out):
+                self._take()
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+    def _take(self) -> None:
+        try:
+            with open(self.path, "x") as file:
+                json.dump(_me(), file)
+        except FileExistsError:
+            holder = self._holder()
+            # a holder of this very number: an earlier run of this process, or one of a container that started again
+            if holder and holder != _me() and (holder["host"] != socket.gethostname() or _alive(holder["pid"])):
+                raise UserError(
+                    f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']}; "
+                    f"choose another --out, or delete {self.path} if that process is gone"
+                ) from None
+            self.path.unlink(missing_ok=True)  # stale, or empty: killed between creating and writing it
+            self._take()
 
     def _holder(self) -> dict[str, Any] | None:
         try:
             return json.loads(self.path.read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Gives the folder back; does nothing in another process than the holder."""
+        if self._holder() == _me():
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time, so that two that find a stale lock do not both take it over."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Processes: ranks and device from torchrun's environment, seeds, small collectives, and a stop that all ranks agree on."""
+"""Processes: ranks and device from torchrun's environment, seeds, small collectives, a stop that all ranks agree on."""
 
 import datetime
 import os
@@ -40,12 +40,16 @@ def ranks(device: str = "auto") -> Ranks:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device: {device!r} is not a device (auto, cpu, cuda, cuda:N)") from None
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: {device!r} is not a device (auto, cpu, cuda, cuda:N)")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: no CUDA device here (cpu works everywhere)")
         if chosen.index is None:
             chosen = torch.device("cuda", local)
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: no {chosen} here, only {torch.cuda.device_count()} CUDA devices")
     return Ranks(rank, world, local, chosen)
 
 
@@ -125,7 +129,7 @@ def main_first(here: Ranks, work: Any) -> Any:
 
 
 class Stop:
-    """Set by SIGTERM or SIGINT; the training loop adds it up over ranks each step, so that all stop after the same one."""
+    """Set by SIGTERM or SIGINT; the training loop adds it up over ranks each step, so that all stop after the same."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,4 +1,4 @@
-"""One optimiser for all scripts: AdamW with two decay groups, a learning rate that is a pure function of the step, clipping."""
+"""One optimiser for all scripts: AdamW with two decay groups, a learning rate that depends on the step only, clipping."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common.config import opt
+from common.config import UserError, opt
 
 SCHEDULES = ("linear_warmup_cosine", "constant", "linear")
 
@@ -34,9 +34,9 @@ def lr_at(step: int, total: int, cfg: OptimConfig) -> float:
         return min(cfg.lr, start + (cfg.lr - start) * step / max(cfg.warmup_steps, 1))
     if cfg.schedule == "constant":
         return cfg.lr
-    done = step / max(total, 1)
+    done = min(step / max(total, 1), 1.0)
     if cfg.schedule == "linear":
-        return cfg.lr + (cfg.min_lr - cfg.lr) * min(done, 1.0)
+        return cfg.lr + (cfg.min_lr - cfg.lr) * done
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -55,7 +55,10 @@ def build(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:
     """Global gradient norm, after which gradients are scaled down to `clip` if it is larger (0: left alone)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf))
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return float(norm)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -74,10 +77,19 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load_state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of state_tensors; parameters without state (no step taken yet) stay without."""
+    """Inverse of state_tensors; parameters without state (no step taken yet) stay without.
+
+    State of something else, of another shape or in part is a UserError.
+    """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    states: dict[str, dict[str, torch.Tensor]] = {}
     for full, value in tensors.items():
-        key, name = full.split(".", 1)
-        parameter = parameters[name]
+        key, _, name = full.partition(".")
+        states.setdefault(name, {})[key] = value
+    for name, state in states.items():
+        parameter = parameters.get(name)
+        shapes = {key: value.shape for key, value in state.items()}
+        if parameter is None or shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise UserError(f"optimiser state of {name!r} ({', '.join(sorted(state))}) does not fit what trains here")
         # AdamW's fused kernel wants its step counter beside the parameter, in float32
-        optimizer.state[parameter][key] = value.to(parameter.device).clone()
+        optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}

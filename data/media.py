@@ -276,7 +276,10 @@ def _timeline(path: Path, start: float | None, end: float | None) -> _Timeline:
 
 def _frames_at(path: Path, line: _Timeline, wanted: list[int]) -> dict[int, torch.Tensor]:
     """The frames shown at the wanted times (ascending); groups of pictures in between are jumped over."""
+    from av.video.reformatter import VideoReformatter
+
     found: dict[int, torch.Tensor] = {}
+    to_rgb = VideoReformatter()  # setting up a conversion costs more than decoding a small frame: one for all
     with _opened(path) as container:
         stream = _video_stream(container)
         clock, frame, size = -math.inf, None, {}
@@ -294,11 +297,7 @@ def _frames_at(path: Path, line: _Timeline, wanted: list[int]) -> dict[int, torc
             if frame is None:
                 raise MediaError(f"{path}: no frame can be decoded")
             size = size or {"width": frame.width, "height": frame.height}  # a stream may change its size midway
-            found[want] = _upright(frame, size)
+            image = to_rgb.reformat(frame, format="rgb24", **size).to_ndarray()
+            # the display matrix, or a picture's EXIF tag, says how far to turn it counterclockwise
+            found[want] = torch.from_numpy(np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))))
     return found
-
-
-def _upright(frame: Any, size: dict[str, int]) -> torch.Tensor:
-    """RGB (H, W, 3) of a decoded frame, turned as its display matrix or EXIF tag says."""
-    image = frame.to_ndarray(format="rgb24", **size)
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))))

@@ -56,7 +56,8 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        for layer, (k, v) in enumerate(self.layers):  # one at a time: never two whole caches
+            self.layers[layer] = k[rows], v[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def reorder(self, rows: Tensor) -> None:

@@ -54,15 +54,17 @@ class LlamaConfig:
         ):
             if value not in allowed:
                 raise UserError(f"{where}: {key} {value!r} is not supported (only {', '.join(map(repr, allowed))})")
-        fields = {key: given[key] for key in cls.__dataclass_fields__ if given.get(key) is not None}
         required = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        missing = [key for key in required if key not in fields]
+        missing = [key for key in required if given.get(key) is None]
         if missing:
             raise UserError(f"{where}: incomplete config, no {', '.join(missing)}")
-        heads = fields["num_attention_heads"]
-        fields = {"num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads} | fields
-        fields["attention_bias"] = given["model_type"] == "qwen2"
+        llama, heads = given["model_type"] == "llama", given["num_attention_heads"]
+        defaults = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads}
+        fields = defaults | {key: given[key] for key in cls.__dataclass_fields__ if given.get(key) is not None}
+        fields["attention_bias"] = not llama
         fields["rope_theta"] = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
+        fields["bos_token_id"] = given.get("bos_token_id", 1 if llama else None)
+        fields["eos_token_id"] = given.get("eos_token_id", 2 if llama else None)
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:

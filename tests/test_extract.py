@@ -172,7 +172,7 @@ def test_mistakes_are_named(tmp_path):
         (["--manifest", clips, "--encoder", "mel"], r"^--encoder: 'mel' is not one of logmel, framestats, hashtext$"),
         (["--manifest", clips, "--pooling", "mean"], r"^--pooling: 'mean' is not one of stats, frames \(logmel\)$"),
         (["--manifest", clips, "--image-size", 56], r"^encoder logmel has no option image_size \(options: none\)$"),
-        (["--manifest", clips, "--encoder", "framestats"], r"^none of the 1 clips has what framestats reads \(see .*\)$"),
+        (["--manifest", clips, "--encoder", "framestats"], r"^none of the 1 clips has what framestats reads \(see "),
     ):
         with pytest.raises(UserError, match=message):
             run(*argv, "--out", tmp_path / "store")

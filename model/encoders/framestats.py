@@ -41,9 +41,10 @@ class FrameStats(Encoder):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Frames (B, T, H, W, 3) uint8, mask (B, T) -> (B, T, 772), zero where the mask is false."""
-        pixels = x.flatten(0, 1).permute(0, 3, 1, 2).float() / 255  # (B * T, 3, H, W)
-        grid = nn.functional.adaptive_avg_pool2d((pixels - self.mean) / self.std, GRID)
-        light = torch.einsum("nchw,c->nhw", pixels, self.grey)
+        pixels = x.flatten(0, 1).float() / 255  # (B * T, H, W, 3)
+        cells = nn.functional.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2), GRID)
+        grid = (cells - self.mean) / self.std  # (B * T, 3, 16, 16)
+        light = pixels @ self.grey  # (B * T, H, W)
         edges = [light.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2)]
         spread = light.flatten(1).std(1, correction=0)
         statistics = torch.stack([light.flatten(1).mean(1), spread, *edges], 1)

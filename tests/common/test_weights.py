@@ -149,8 +149,9 @@ def test_identity_tells_header_size_and_content_apart(tmp_path):
     assert first["files"]["model.safetensors"]["size"] == file.stat().st_size
     assert identity(folder) == first
     save_file({"v": torch.zeros(200_000)}, file)
-    assert identity(folder)["files"]["model.safetensors"]["header_sha256"] != (
-        first["files"]["model.safetensors"]["header_sha256"]
+    assert (
+        identity(folder)["files"]["model.safetensors"]["header_sha256"]
+        != (first["files"]["model.safetensors"]["header_sha256"])
     )
     save_file({"w": torch.cat((torch.zeros(199_999), torch.ones(1)))}, file)
     last = identity(folder)["files"]["model.safetensors"]

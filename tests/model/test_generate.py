@@ -187,7 +187,7 @@ def test_beam_search_is_transformers(tmp_path, beams, length_penalty, repetition
     }  # fmt: skip
     assert generate(llm, prompts, 10, **options) == wanted
     assert [generate(llm, [prompt], 10, **options)[0] for prompt in prompts[:4]] == wanted[:4]
-    assert len({len(answer) for answer in wanted}) > 2  # some ended, some ran to the limit
+    assert len({len(answer) for answer in wanted}) > 1  # some ended, some ran to the limit
     assert wanted != generate(llm, prompts, 10, eos_id=eos, repetition_penalty=repetition_penalty)
 
 

@@ -213,6 +213,9 @@ def test_config_of_every_transformers_generation(tmp_path):
     assert LlamaConfig.from_json(new).rope_theta == 500000.0
     assert LlamaConfig.from_json(old | {"model_type": "qwen2"}).attention_bias
     assert LlamaConfig.from_json(old | {"eos_token_id": [7, 8]}).eos_token_id == [7, 8]
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert LlamaConfig.from_json(old | {"model_type": "qwen2"}).eos_token_id is None
+    assert LlamaConfig.from_json(old | {"bos_token_id": None}).bos_token_id is None
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert LlamaConfig.from_json(tmp_path / "config.json") == config
 

@@ -85,5 +85,5 @@ def test_frames_read(framestats):
 
 
 def test_image_size_must_hold_whole_patches():
-    with pytest.raises(UserError, match="^image_size: 100 is not a multiple of 14$"):
+    with pytest.raises(UserError, match=r"^image_size: 100 is not a multiple of 14$"):
         encoders.load("framestats", image_size=100)

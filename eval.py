@@ -25,7 +25,9 @@ class Config:
         choices=tuple(BENCHMARKS),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    out: str | None = opt(None, "folder for the results; default: eval/<benchmark>/<checkpoint> in the run folder", "--out")
+    out: str | None = opt(
+        None, "folder for the results; default: eval/<benchmark>/<checkpoint> in the run folder", "--out"
+    )
     limit: int = opt(0, "most clips; 0: all", "--limit")
     batch_size: int = opt(8, "clips decoded together", "--batch-size")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
@@ -67,10 +69,11 @@ def main(cfg: Config) -> None:
         (out / "metrics.json").write_text(json.dumps(settings | scores, indent=1))
         with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        confusion_png(scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {folder.name}")
+        confusion_png(
+            scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {folder.name}"
+        )
         say(metrics.table(scores, scores["majority"]))
-        say(f"{scores['clips']} clips, {cfg.decode.decode}: accuracy {scores['accuracy']:.4f}  uar {scores['uar']:.4f}  "
-            f"weighted_f1 {scores['weighted_f1']:.4f}  invalid {scores['invalid']:.1%}; written to {out}")  # fmt: skip
+        say(f"{cfg.decode.decode}: {metrics.line(scores)}; written to {out}")
     dist.cleanup()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from common import checkpoint, config, dist
 from common.config import UserError, from_dict, opt
-from data.clips import VISUAL, DataConfig, Sample, make_sample
+from data.clips import DataConfig, Sample, make_sample
 from data.features import encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
@@ -53,7 +53,7 @@ class Predictor:
         self.visual = self.mllm.cfg.visual
         self.encoders = {}
         for name, info in self.made.items():
-            if "encoder" in info:
+            if info.get("encoder") in encoders.ENCODERS:  # else made by another tool, and given as features
                 self.encoders[name] = encoders.load(info["encoder"], **info.get("options", {}))
 
     def __call__(
@@ -65,7 +65,7 @@ class Predictor:
         features: dict[str, Any] | None = None,
         question: str | None = None,
     ) -> dict:
-        """Emotion, confidence and probabilities, or with a '[reason] …' question the answer; and which streams were there."""
+        """Emotion, confidence and probabilities, or with a '[reason] …' question the answer; and the streams used."""
         if not isinstance(clip, Clip):
             clip = Clip(Path(clip or video or audio or "clip").stem, str(clip) if clip else None)
         clip = replace(clip, text=text if text is not None else clip.text)
@@ -113,7 +113,8 @@ class Predictor:
         path = {"audio": audio, "video": video}.get(encoder.modality) or clip.path
         if path is None:
             raise MediaError(f"{name}: no {encoder.modality} given")
-        return encode_clip(replace(clip, path=str(path)), encoder, self.made[name]["pooling"])
+        made = self.made[name]
+        return encode_clip(replace(clip, path=str(path)), encoder, made["pooling"], made.get("frame", "middle"))
 
     def answer(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""

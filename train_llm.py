@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,10 +20,9 @@ import torch
 import yaml
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import checkpoint, config, dist, optim
+from common import checkpoint, config, dist, metrics, optim
 from common.config import UserError, opt
 from common.log import Logger, confusion_image
-from common.metrics import table
 from common.optim import OptimConfig, lr_at
 from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig, Features, load_splits, load_test
@@ -39,14 +38,16 @@ from model.mllm import Mllm, MllmConfig, build, checkpoint_files, pack
 from model.tokenizer import Tokenizer
 from model.toy import make_toy_llm
 
-FAST_CLIPS = (480, 120)  # train and test
+FAST_CLIPS = (600, 120)  # train and test
 # --fast: everything is made on the spot (data/mock.py, model/toy.py), nothing is downloaded
 FAST = {
     "model.full": True, "model.features": {"face": 0, "voice": 0}, "model.normalize": True, "model.visual": "patches",
-    "model.image_size": 56, "model.grad_checkpoint": False, "data.task_pool": {"emotion": 1.0}, "data.valid_share": 0.12,
+    "model.image_size": 56, "model.grad_checkpoint": False, "data.task_pool": {"emotion": 1.0},
+    "data.valid_share": 0.12,
     "data.labels": ["happy", "sad", "neutral", "angry", "worried", "surprise"], "data.enable_augmentation": True,
-    "optim.lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 16,
-    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 4, "save_every": 4,
+    "data.augmentation_prob": 0.6, "optim.lr": 1.5e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
+    "optim.warmup_steps": 20, "epochs": 15,
+    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 5, "save_every": 5,
     "save_best": True, "test": True, "decode.max_new_tokens": 8, "eval_batch_size": 32,
 }  # fmt: skip
 
@@ -83,11 +84,13 @@ class Config:
     test: bool = opt(False, "read the test split once, after training", "--test")
     resume: str | None = opt(None, "go on from the run's last checkpoint, or from PATH", "--resume", bare="last")
     overwrite: bool = opt(False, "replace the run in --out", "--overwrite")
-    fast: bool = opt(False, "a small run on synthetic clips: no data, no weights, under three minutes on a CPU", "--fast")
+    fast: bool = opt(
+        False, "a small run on synthetic clips: no data, no weights, under three minutes on a CPU", "--fast"
+    )
     dry_run: bool = opt(False, "build the model without memory, print its sizes and one sample, and stop", "--dry-run")
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
     if cfg.fast:
@@ -97,12 +100,12 @@ def main(cfg: Config) -> None:
         return dry_run(cfg, say)
     cfg, start = resume_or_start(cfg, say)
     out = Path(cfg.out)
-    precision = cfg.precision if here.device.type == "cuda" else "fp32"
+    precision = cfg.precision if here.device.type == "cuda" else "fp32"  # bf16 is slower than fp32 on most CPUs
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     amp = partial(torch.autocast, here.device.type, dtype, enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
-    # ---- data, checked before any connection is opened
+    # ---- data and model, checked before any connection is opened
     splits = load_splits(cfg.data, cfg.seed, cfg.evaluate, say)
     features = Features(cfg.model.rows(), cfg.model.visual, cfg.data)
     features.scan(splits["train"], cfg.data.max_bad, say)
@@ -110,28 +113,30 @@ def main(cfg: Config) -> None:
     train = ClipData(splits["train"], features, cfg.data, tokenizer.encode, train=True, seed=cfg.seed)
     valid = ClipData(splits["valid"], features, cfg.data, tokenizer.encode) if splits["valid"] else None
     say(f"train: {len(train)} clips ({train.coverage()}); classes {train.class_counts()}")
-    task = "emotion" if "emotion" in cfg.data.task_pool else next(iter(cfg.data.task_pool))
-
-    # ---- model and optimiser, from scratch, from a previous stage, or where this run stopped
     if cfg.model.normalize and start is None:
         mllm.set_statistics(features.statistics(train.clips))
     optimizer = optim.build(mllm, cfg.optim)
-    step, best, history = 0, {}, []
+
+    # ---- where to begin: fresh, from a previous stage's weights, or where this run stopped
+    progress = Progress()
     if start is not None:
         say(f"resumed from {start}: {checkpoint.load_model(mllm, start)}")
         optim.load_state_tensors(mllm, optimizer, checkpoint.read_tensors(start / checkpoint.OPTIMIZER))
         state = checkpoint.read_state(start)
-        step, best, history = state["step"], state["best"], state["history"]
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+        progress = Progress(state["step"], state["best"], state["history"])
+        scaler.load_state_dict(state["scaler"])
+        for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
+            if state[name] != now:
+                say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
     elif cfg.ckpt:
         folder = checkpoint.resolve(cfg.ckpt, prefer="best")
         say(f"weights of {folder}: {checkpoint.load_model(mllm, folder)}")
 
     dist.connect(here)
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
-    log = Logger(str(out), here.main)
-    log.truncate(step)
     stop = dist.Stop()
+    log = Logger(out, here.main)
+    log.truncate(progress.step)
     ddp = mllm
     if here.world > 1:
         ids = [here.device.index] if here.device.type == "cuda" else None
@@ -140,92 +145,72 @@ def main(cfg: Config) -> None:
     iters = cfg.iters_per_epoch or max(1, len(train) // per_step)
     total = cfg.epochs * iters
     trained = sum(p.numel() for p in mllm.parameters() if p.requires_grad)
-    say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}; {iters} steps an epoch, "
-        f"{total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
-    base = None if cfg.model.full else identity(find_weights(cfg.model.llm))
+    say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}; {iters} steps an "
+        f"epoch, {total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
+    facts = {
+        "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": cfg.data.labels,
+        "features": features.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
+        "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
     files = checkpoint_files(mllm, tokenizer)
 
     def save(name: str, is_best: bool = False) -> None:
-        state = {
-            "step": step, "epoch": step // iters, "best": best, "history": history, "scaler": scaler.state_dict(),
-            "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": cfg.data.labels, "base": base,
-            "features": features.describe(), "world": here.world, "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }  # fmt: skip
+        state = facts | vars(progress) | {"epoch": progress.step // iters, "scaler": scaler.state_dict()}
         tensors = optim.state_tensors(mllm, optimizer)
         write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, is_best, cfg.keep)
         dist.main_first(here, lambda: write() and None)
 
-    # ---- training
+    # ---- training: one pass of this loop is one optimiser step
     mllm.train()
-    seen_loss, seen_tokens, waited, hinted, since = 0.0, 0.0, 0.0, False, time.perf_counter()
-    bar = log.bar(total, step, "train")
-    source = windows(train, range(step, total), cfg.seed, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
-    while step < total:
-        waiting = time.perf_counter()
-        micro_batches = next(source)
-        batches = [pack(samples, cfg.model) for samples in micro_batches]
-        waited += time.perf_counter() - waiting
+    meter = Meter()
+    bar = log.bar(total, progress.step, "train")
+    steps = range(progress.step, total)
+    for micro_batches in meter.waiting(
+        windows(train, steps, cfg.seed, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
+    ):
+        batches = [pack(samples, cfg.model).to(here.device) for samples in micro_batches]
         if stop.orphaned():
             raise SystemExit("torchrun is gone: this rank stops")
         tokens, stopping = dist.all_sum(sum(b.targets for b in batches), stop.requested, device=here.device)
         if stopping:
             break
-        dist.seed_all(cfg.seed, step, here.rank)
+        dist.seed_all(cfg.seed, progress.step, here.rank)
         loss_sum = 0.0
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last or here.world == 1 else ddp.no_sync():
+            with nullcontext() if i == len(batches) - 1 or here.world == 1 else ddp.no_sync():
                 with amp():
-                    loss = ddp(batch.to(here.device))
+                    loss = ddp(batch)
                 # DDP averages over ranks, the loss is a mean over the answer tokens of the whole step
-                scaler.scale(loss * (here.world / tokens)).backward()
+                scaler.scale(loss * (here.world / max(tokens, 1))).backward()
             loss_sum += float(loss.detach())
         scaler.unscale_(optimizer)
         norm = optim.grad_norm(optimizer, cfg.optim.grad_clip)
-        lr = lr_at(step, total, cfg.optim)
+        lr = lr_at(progress.step, total, cfg.optim)
+        # fp16: the scaler skips a step whose gradient overflowed
         broken = not math.isfinite(loss_sum) or (not math.isfinite(norm) and precision != "fp16")
         if dist.all_sum(broken, device=here.device)[0]:
             ids = ", ".join(sample.id for samples in micro_batches for sample in samples)
             raise UserError(
-                f"step {step}: loss {loss_sum / tokens:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}, clips {ids}; the last "
-                f"checkpoint is kept: lower --lr, set --grad-clip, or check these clips' features"
+                f"step {progress.step}: loss {loss_sum / max(tokens, 1):.4g}, gradient norm {norm:.4g}, lr {lr:.3g}, "
+                f"clips {ids}; the last checkpoint is kept: lower --lr, set --grad-clip, or check these clips' features"
             )
         optim.set_lr(optimizer, lr)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        epoch, at_end = step // iters, step % iters == 0
-        seen_loss, seen_tokens = seen_loss + loss_sum, seen_tokens + tokens
+        progress.step += 1
+        step, epoch, at_end = progress.step, progress.step // iters, progress.step % iters == 0
         bar.update()
+        meter.add(loss_sum, tokens)
         if step % cfg.log_every == 0 or step == total:
-            seconds, (mean,) = time.perf_counter() - since, dist.all_sum(seen_loss, device=here.device)
-            mean /= seen_tokens
-            log(step, epoch=step / iters, loss=mean, lr=lr, grad_norm=norm, tokens_per_s=seen_tokens / seconds,
-                data_wait=waited / seconds)  # fmt: skip
-            bar.set_postfix(loss=f"{mean:.3f}")
-            if waited > 0.2 * seconds and not hinted:
-                log.say(f"{waited / seconds:.0%} of the time goes to waiting for data: raise --num-workers")
-                hinted = True
-            history.append({"step": step, "loss": mean})
-            seen_loss, seen_tokens, waited, since = 0.0, 0.0, 0.0, time.perf_counter()
+            numbers = meter.read(here)
+            progress.history.append({"step": step, "loss": numbers["loss"]})
+            log(step, epoch=step / iters, lr=lr, grad_norm=norm, **numbers)
+            bar.set_postfix(loss=f"{numbers['loss']:.3f}")
 
-        # ---- validation and checkpoints
         is_best = False
         if at_end and valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
-            scores, records = emotion.evaluate(
-                mllm, tokenizer, valid, cfg.data.labels, cfg.decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
-            )
-            scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
-            report(log, step, scores, records, cfg.data.labels)
-            history.append({"step": step, "epoch": epoch, "valid_loss": scores["loss"], "valid": scores[cfg.metric]})
-            better = scores[cfg.metric] < best.get("value", math.inf) if cfg.metric == "loss" else (
-                scores[cfg.metric] > best.get("value", -math.inf))  # fmt: skip
-            is_best = cfg.save_best and better
-            if is_best:
-                best = {"metric": cfg.metric, "value": scores[cfg.metric], "checkpoint": f"epoch_{epoch:03d}"}
-            since = time.perf_counter()
+            is_best = validate(cfg, mllm, tokenizer, valid, here, amp, log, progress, epoch)
         if at_end and (epoch % cfg.save_every == 0 or is_best or step == total):
             save(f"epoch_{epoch:03d}", is_best)
         elif cfg.save_steps and step % cfg.save_steps == 0:
@@ -233,19 +218,18 @@ def main(cfg: Config) -> None:
     bar.close()
 
     # ---- the end, or a stop asked for
-    results = {"config": config.to_dict(cfg), "history": history, "best": best, "commit": checkpoint.commit(),
-               "seed": cfg.seed, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
-    if step < total:
+    if progress.step < total:
         newest = checkpoint.newest(out / "checkpoints")
-        if newest is None or checkpoint.read_state(newest)["step"] < step:
-            save(f"step_{step:06d}")
-        say(f"stopped after step {step} of {total}; go on with the same command and --resume")
+        if newest is None or checkpoint.read_state(newest)["step"] < progress.step:
+            save(f"step_{progress.step:06d}")
+        say(f"stopped after step {progress.step} of {total}; go on with the same command and --resume")
     else:
+        best = progress.best
         say(f"finished: {out / 'checkpoints'}" + (f", best {best['metric']} {best['value']:.4f}" if best else ""))
-        warn_overfit(history, say)
+        warn_overfit(progress.history, say)
+        results = facts | vars(progress) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
         if cfg.test:
-            chosen = out / "checkpoints" / ("best" if best else "last")
-            checkpoint.load_model(mllm, chosen)
+            checkpoint.load_model(mllm, out / "checkpoints" / ("best" if best else "last"))
             test = ClipData(load_test(cfg.data, say), features, cfg.data, tokenizer.encode)
             results["test"] = final_test(cfg, mllm, tokenizer, test, here, say)
         if here.main:
@@ -256,12 +240,84 @@ def main(cfg: Config) -> None:
     dist.cleanup()
 
 
+@dataclass
+class Progress:
+    """What a checkpoint remembers of the run besides tensors."""
+
+    step: int = 0  # optimiser steps taken
+    best: dict = field(default_factory=dict)  # metric, value, checkpoint
+    history: list[dict] = field(default_factory=list)
+
+
+class Meter:
+    """Loss, speed and the share of time spent waiting for data since the last reading."""
+
+    def __init__(self) -> None:
+        self.hinted = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.loss, self.tokens, self.waited, self.since = 0.0, 0.0, 0.0, time.perf_counter()
+
+    def waiting(self, source: Iterator) -> Iterator:
+        """`source`, with the time it takes to deliver counted."""
+        while True:
+            began = time.perf_counter()
+            item = next(source, None)
+            self.waited += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def add(self, loss_sum: float, tokens: float) -> None:
+        self.loss, self.tokens = self.loss + loss_sum, self.tokens + tokens
+
+    def read(self, here: dist.Ranks) -> dict[str, float]:
+        """Mean loss of an answer token over all ranks, answer tokens a second, share of waiting."""
+        seconds = time.perf_counter() - self.since
+        loss = dist.all_sum(self.loss, device=here.device)[0] / max(self.tokens, 1)
+        share = self.waited / seconds
+        if share > 0.2 and here.main and not self.hinted:
+            print(f"{share:.0%} of the time goes to waiting for data: raise --num-workers")
+            self.hinted = True
+        numbers = {"loss": loss, "answer_tokens_per_s": self.tokens / seconds, "data_wait": share}
+        self._reset()
+        return numbers
+
+
+def validate(
+    cfg: Config, mllm: Mllm, tokenizer: Tokenizer, valid: ClipData, here: dist.Ranks, amp: Callable, log: Logger,
+    progress: Progress, epoch: int,
+) -> bool:  # fmt: skip
+    """Scores the validation clips, logs them beside the majority class, and says whether this is the best so far."""
+    task = "emotion" if "emotion" in cfg.data.task_pool else next(iter(cfg.data.task_pool))
+    labels = cfg.data.labels
+    scores, records = emotion.evaluate(
+        mllm, tokenizer, valid, labels, cfg.decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
+    )
+    scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
+    numbers = {f"valid/{key}": scores[key] for key in ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "invalid")}
+    log(progress.step, **numbers, **{"valid/majority_weighted_f1": scores["majority"]["weighted_f1"]})
+    log.figure("valid/confusion", confusion_image(scores["confusion"], labels), progress.step)
+    for record in records[:3]:
+        line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
+        log.say(f"  sample {line}")
+        log.text("valid/samples", line, progress.step)
+    value = scores[cfg.metric]
+    progress.history.append({"step": progress.step, "epoch": epoch, "valid_loss": scores["loss"], cfg.metric: value})
+    previous = progress.best.get("value")
+    better = previous is None or (value < previous if cfg.metric == "loss" else value > previous)
+    if cfg.save_best and better:
+        progress.best = {"metric": cfg.metric, "value": value, "checkpoint": f"epoch_{epoch:03d}"}
+    return cfg.save_best and better
+
+
 def prepare_fast(cfg: Config) -> Config:
-    """Makes the clips, features, tokenizer and language model of --fast below the run folder; the config that uses them."""
+    """Makes clips, features, tokenizer and language model of --fast in the run folder; the config that uses them."""
     out = Path(cfg.out or "out/llm_fast")
     cfg = config.preset(cfg, FAST | {
         "out": str(out), "model.llm": str(out / "base"), "data.data_root": str(out / "mock"),
-        "data.features_root": str(out / "features"), "batch_size": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))),
+        "data.features_root": str(out / "features"), "batch_size": max(1, 8 // int(os.environ.get("WORLD_SIZE", 1))),
     })  # fmt: skip
     encoders = {
         "face": (load_encoder("framestats"), "stats"), "voice": (load_encoder("logmel"), "stats"),
@@ -279,14 +335,21 @@ def prepare_fast(cfg: Config) -> Config:
     for name, (encoder, pooling) in encoders.items():
         writer = StoreWriter(out / "features" / name, encoder.info(pooling))
         with ThreadPoolExecutor(2) as pool:
-            for clip, value in zip(clips, pool.map(partial(encode_clip, encoder=encoder, pooling=pooling), clips), strict=True):
+            for clip, value in zip(
+                clips, pool.map(partial(encode_clip, encoder=encoder, pooling=pooling), clips), strict=True
+            ):
                 writer.add(clip.id, value)
         writer.close()
         writer.finish()
     question = emotion_question(cfg.data.labels)
     known = [clip for clip in clips if clip.id.startswith("sample_")]  # the test clips' sentences stay unseen
-    written = ["".join(part for part in segments("emotion", question, clip.text, []) if isinstance(part, str)) for clip in known]
-    make_toy_llm(out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed)
+    written = [
+        "".join(part for part in segments("emotion", question, clip.text, []) if isinstance(part, str))
+        for clip in known
+    ]
+    make_toy_llm(
+        out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed
+    )
     return cfg
 
 
@@ -307,7 +370,9 @@ def resume_or_start(cfg: Config, say: Callable[[str], None]) -> tuple[Config, Pa
         if start is None:
             say(f"--resume: {out} holds no checkpoint yet, starting fresh")
     elif checkpoint.newest(out / "checkpoints") and not cfg.overwrite:
-        raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out DIR starts elsewhere")
+        raise UserError(
+            f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out DIR starts elsewhere"
+        )
     if start is not None:
         cfg, changes = config.resume(cfg, checkpoint.read_state(start)["config"])
         for change in changes:
@@ -332,17 +397,6 @@ def open_run(cfg: Config, out: Path, start: Path | None) -> checkpoint.RunLock:
     return lock
 
 
-def report(log: Logger, step: int, scores: dict, records: list[dict], labels: list[str]) -> None:
-    """Logs one evaluation: scores beside the majority class, the confusion picture, a few answers."""
-    numbers = {f"valid/{key}": scores[key] for key in ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "invalid")}
-    log(step, **numbers, majority=scores["majority"]["weighted_f1"])
-    log.figure("valid/confusion", confusion_image(scores["confusion"], labels), step)
-    for record in records[:3]:
-        line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
-        log.say(f"  sample {line}")
-        log.text("valid/samples", line, step)
-
-
 def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
     """Says so when the loss on unseen clips rose while the training loss fell."""
     valid = [(point["step"], point["valid_loss"]) for point in history if "valid_loss" in point]
@@ -350,8 +404,10 @@ def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
     if len(valid) > 1 and len(losses) > 1 and losses[-1] < losses[0]:
         at, low = min(valid, key=lambda point: point[1])
         if valid[-1][1] > 1.05 * low:
-            say(f"overfitting: valid loss was lowest ({low:.4f}) at step {at} and ended at {valid[-1][1]:.4f}, while the "
-                f"train loss fell to {losses[-1]:.4f}: stop earlier, or raise --dropout or --weight-decay")  # fmt: skip
+            say(
+                f"overfitting: valid loss was lowest ({low:.4f}) at step {at} and ended at {valid[-1][1]:.4f}, while "
+                f"the train loss fell to {losses[-1]:.4f}: stop earlier, or raise --dropout or --weight-decay"
+            )
 
 
 def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, here: dist.Ranks, say: Callable) -> dict:
@@ -368,9 +424,8 @@ def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, he
             mllm, tokenizer, data, cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
         )
         results[name] = scores
-        say(f"test, {name:<10}: accuracy {scores['accuracy']:.4f}  uar {scores['uar']:.4f}  weighted_f1 "
-            f"{scores['weighted_f1']:.4f}  (majority {scores['majority']['accuracy']:.4f}, {scores['clips']} clips)")  # fmt: skip
-    say(table(results["score"], results["score"]["majority"]))
+        say(f"test, {name:<10}: {metrics.line(scores)}")
+    say(metrics.table(results["score"], results["score"]["majority"]))
     return results
 
 

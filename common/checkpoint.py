@@ -131,7 +131,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def rewind(root: Path, state: dict[str, Any]) -> list[str]:
-    """Going on from an older checkpoint: later ones move to root/superseded/, the links point to what the older knew."""
+    """Going on from an older checkpoint: later ones move to root/superseded/, links to what the older one knew."""
     found = {path: read_state(path)["step"] for path in checkpoints(root)}
     later = [path for path, step in found.items() if step > state["step"]]
     if later:

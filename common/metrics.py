@@ -84,6 +84,17 @@ def sentiment(y_true: Values, y_pred: Values) -> dict[str, float]:
     }
 
 
+def line(scores: dict[str, Any]) -> str:
+    """The main scores in one line, beside always answering the most frequent class."""
+    names = ("accuracy", "uar", "weighted_f1")
+    own = "  ".join(f"{name} {scores[name]:.4f}" for name in names)
+    majority = scores["majority"]
+    return (
+        f"{own}  invalid {scores['invalid']:.1%}  ({scores['clips']} clips; majority: accuracy "
+        f"{majority['accuracy']:.4f} weighted_f1 {majority['weighted_f1']:.4f})"
+    )
+
+
 def table(scores: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
     """Scores as aligned text: the classes, then every summary number with the baseline's beside it."""
     lines = []

@@ -1,4 +1,4 @@
-"""One optimiser for all scripts: AdamW with two decay groups, a learning rate that depends on the step only, clipping."""
+"""One optimiser for all scripts: AdamW with two decay groups, a learning rate from the step alone, clipping."""
 
 import math
 from dataclasses import dataclass

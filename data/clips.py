@@ -18,7 +18,8 @@ from data.merr import load_merr
 
 VISUAL = ("image", "cls")  # the two slots one store of visual tokens fills
 KNOWN_TESTS = (
-    "relative_test3_NCEV.txt", "MER2024-noise_NCE.txt", "EMER_NCE.txt", "EMER_332_NCE.txt", "reltive_DFEW_set_1_test.txt",
+    "relative_test3_NCEV.txt", "MER2024-noise_NCE.txt", "EMER_NCE.txt", "EMER_332_NCE.txt",
+    "reltive_DFEW_set_1_test.txt",
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ class DataConfig:
 
 @dataclass
 class Sample:
-    """One prompt: token ids and slot names, the answer's ids, the slots' values (rows, width), and what is written about it."""
+    """One prompt: token ids and slot names, the answer's ids, the slots' values (rows, width), and their wording."""
 
     id: str
     pieces: list[list[int] | str]
@@ -68,7 +69,7 @@ def make_sample(
     slots: Sequence[str],
     target: str | None = None,
 ) -> Sample:
-    """The sample of one clip: slots without a value are left out of its prompt, an unknown text leaves out its sentence."""
+    """The sample of one clip; a slot without a value, or a text that is not known, is left out of the prompt."""
     features = [name for name in slots if name not in VISUAL and name in values]
     text = clip.text if not cfg.streams or "text" in cfg.streams else None
     segments = prompts.segments(
@@ -82,7 +83,7 @@ def make_sample(
 
 
 class Features:
-    """The streams of clips by slot: utterance features as (1, width), visual tokens as image (N, width) and cls (1, width)."""
+    """Streams of clips by slot: utterance features (1, width), visual tokens as image (N, width) and cls (1, width)."""
 
     def __init__(self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig) -> None:
         self.rows = rows
@@ -111,7 +112,9 @@ class Features:
                 raise UserError(f"features {name!r} are {store.dim} wide, the model expects {width}")
             size = store.info.get("image_size")
             if name == self.visual and size is not None and (int(size) // 14) ** 2 != rows:
-                raise UserError(f"visual tokens {name!r} were made at --image-size {size}; the model expects {rows} patches")
+                raise UserError(
+                    f"visual tokens {name!r} were made at --image-size {size}; the model expects {rows} patches"
+                )
 
     def __call__(self, clip: Clip) -> dict[str, Tensor]:
         """Slot -> (rows, width) float32; a stream the clip lacks, or holds non-finite numbers in, is absent."""
@@ -138,7 +141,7 @@ class Features:
         return view
 
     def scan(self, clips: Sequence[Clip], max_bad: float, say: Callable[[str], None]) -> None:
-        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips hold non-finite numbers."""
+        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips is not finite."""
         for clip in clips:
             for name, store in self.stores.items():
                 if name != self.visual and clip.id in store and not torch.isfinite(store[clip.id]).all():
@@ -214,7 +217,7 @@ class ClipData:
         return {task: weight for task, weight in self.cfg.task_pool.items() if has.get(task)}
 
     def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> Sample:
-        """Clip `index` as a sample; training draws task, question and augmentation, evaluation asks `task`'s first question."""
+        """Clip `index` as a sample; training draws task, question, augmentation; evaluation asks the first question."""
         clip = self.clips[index]
         rng = random.Random(f"{self.seed}/{epoch}/{clip.id}") if self.train else None
         task = task or (prompts.choose(self._tasks(clip), rng) if rng is not None else "emotion")
@@ -231,7 +234,7 @@ class ClipData:
         return make_sample(clip, values, self.cfg, self.encode, task, question, list(self.features.rows), target)
 
     def _augment(self, clip: Clip, values: dict[str, Tensor], rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
-        """Each with augmentation_prob: Gaussian noise of a tenth of a feature's own deviation; only some streams are kept."""
+        """Each with augmentation_prob: noise of a tenth of a feature's deviation; only some streams are kept."""
         if rng.random() < self.cfg.augmentation_prob:
             noise = torch.Generator().manual_seed(rng.getrandbits(63))
             values = {name: v + 0.1 * v.std() * torch.randn(v.shape, generator=noise) for name, v in values.items()}
@@ -243,7 +246,7 @@ class ClipData:
         return clip, values
 
     def coverage(self) -> str:
-        """"image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream."""
+        """ "image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream."""
         stores = {name: sum(clip.id in store for clip in self.clips) for name, store in self.features.stores.items()}
         stores["text"] = sum(clip.text is not None for clip in self.clips)
         return ", ".join(f"{name} {count}/{len(self)}" for name, count in stores.items())

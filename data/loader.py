@@ -18,7 +18,9 @@ def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def window(step: int, size: int, seed: int, batch: int, accum: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
+def window(
+    step: int, size: int, seed: int, batch: int, accum: int, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
     """(pass, index) of this rank's micro-batches in optimiser step `step`.
 
     Passes over the data follow each other without a gap, whatever an epoch's length is; 1 x 8, 2 ranks x 4 and 2

@@ -4,7 +4,6 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from common.config import UserError
 
@@ -78,7 +77,7 @@ def segments(
     slots: Iterable[str],
     image: bool = True,
     cls: bool = True,
-    layout: Literal["train", "original_eval"] = "train",
+    layout: str = "train",
     chat_template: bool = True,
 ) -> list[str | Slot]:
     """The prompt as texts, each tokenised on its own, and slots; `text` is what the person says.
@@ -127,7 +126,7 @@ _BETWEEN = frozenset(
 )
 
 
-def extract_label(answer: str, labels: Iterable[str], how: Literal["robust", "original"] = "robust") -> str | None:
+def extract_label(answer: str, labels: Iterable[str], how: str = "robust") -> str | None:
     """The label an answer names, None if it names none of `labels`.
 
     "original" takes the last whitespace-separated word as it is, like the released evaluation. "robust" ignores case

@@ -1,4 +1,4 @@
-"""Emotion recognition with the multimodal language model: one label a clip, by label scoring or by reading generated text."""
+"""Emotion recognition with the multimodal language model: score the labels, or read one from generated text."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,8 +21,12 @@ BENCHMARKS = {"mer2023": list(EMOTIONS6), "clips": []}  # labels that are scored
 
 @dataclass
 class DecodeConfig:
-    decode: str = opt("score", "score: likelihood of each label; generate: free text", "--decode", choices=("score", "generate"))
-    extract: str = opt("robust", "how a label is read from text (original: its last word)", choices=("robust", "original"))
+    decode: str = opt(
+        "score", "score: likelihood of each label; generate: free text", "--decode", choices=("score", "generate")
+    )
+    extract: str = opt(
+        "robust", "how a label is read from text (original: its last word)", choices=("robust", "original")
+    )
     max_new_tokens: int = opt(500, "longest generated answer", "--max-new-tokens")
     num_beams: int = opt(1, "beam search width", "--num-beams")
     temperature: float = opt(0.0, "0: greedy", "--temperature")
@@ -40,12 +44,16 @@ def answer(
     seed: int = 0,
     progress: bool = False,
 ) -> list[dict]:
-    """One record a sample: id, label, prediction (None: no label in the answer), answer, and probabilities when scoring."""
-    order = sorted(range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces))
+    """One record a sample: id, label, prediction (None: no label in the answer), answer; probabilities when scoring."""
+    order = sorted(
+        range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces)
+    )
     candidates = [tokenizer.encode(f"{label}</s>") for label in labels]
     records: dict[int, dict] = {}
     device = next(mllm.parameters()).device
-    bar = tqdm(total=len(order), desc=cfg.decode, unit="clip", disable=not (progress and sys.stderr.isatty()), leave=False)
+    bar = tqdm(
+        total=len(order), desc=cfg.decode, unit="clip", disable=not (progress and sys.stderr.isatty()), leave=False
+    )
     for start in range(0, len(order), batch_size):  # neighbours in length share a batch
         chosen = order[start : start + batch_size]
         with torch.inference_mode():
@@ -56,7 +64,13 @@ def answer(
                 found = _generate(mllm, tokenizer, prompts, labels, cfg, seed + start)
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
-            records[i] = {"id": sample.id, "label": sample.label, **record, "task": sample.task, "prompt": sample.prompt}
+            records[i] = {
+                "id": sample.id,
+                "label": sample.label,
+                **record,
+                "task": sample.task,
+                "prompt": sample.prompt,
+            }
         bar.update(len(chosen))
     bar.close()
     return [records[i] for i in range(len(samples))]
@@ -110,7 +124,7 @@ def evaluate(
     limit: int = 0,
     progress: bool = False,
 ) -> tuple[dict, list[dict]]:
-    """Scores and records over the clips of `data` whose label is in `labels`; each rank takes every world-th clip, all get all."""
+    """Scores and records over the clips whose label is in `labels`; the ranks share the work and all get all of it."""
     chosen = [i for i, label in enumerate(data.labels) if label in labels]
     chosen = chosen[:limit] if limit else chosen
     was_training = mllm.training

@@ -23,7 +23,7 @@ STAND_IN = Clip(
     "stand_in", text="I really did not expect to see you here.", label="surprise",
     captions={
         "reason": "The raised brows and the open mouth in the video show surprise, and the voice goes up at the end.",
-        "reason_v2": "Raised brows, an open mouth and a rising voice: the person did not expect this, which is surprise.",
+        "reason_v2": "Raised brows, an open mouth and a rising voice: the person did not expect this, it is surprise.",
     },
 )  # fmt: skip
 CONTEXT = 0.7e9  # bytes: CUDA context and allocator slack
@@ -63,15 +63,18 @@ def report(cfg: MllmConfig, data: DataConfig, batch_size: int, clip: Clip | None
     say(f"checkpoint on disk: weights {4 * trained / 1e9:.2f} GB + optimiser {8 * trained / 1e9:.2f} GB")
 
 
+def _quarter(text: str) -> list[int]:
+    """As many ids as a tokenizer would give, roughly."""
+    return [0] * -(-len(text) // 4)
+
+
 def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[[str], None]) -> int:
     """Shows one sample and returns its length in tokens."""
     try:
-        encode: Callable[[str], list[int]] = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer")).encode
+        encode = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer")).encode
         counted = ""
     except UserError:
-        def encode(text: str) -> list[int]:  # noqa: E306
-            return [0] * -(-len(text) // 4)
-
+        encode = _quarter
         counted = " (text estimated at 4 characters a token: the tokenizer is not here)"
     source = f"clip {clip.id}" if clip else "a stand-in clip (the data are not here)"
     clip = clip or STAND_IN
@@ -92,7 +95,7 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
 
 
 def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: int) -> list[str]:
-    """Estimated peak on one GPU beside common cards: bf16 base, fp32 adapters with gradient and two moments, activations.
+    """Estimated peak on one GPU beside common cards: bf16 base, fp32 adapters with Adam's moments, activations.
 
     A frozen linear keeps nothing for its backward: a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one
     hidden row where it is recomputed.
@@ -101,6 +104,8 @@ def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: 
     layer = 2 * (7 * llm.hidden_size + 3 * llm.intermediate_size)
     kept = 2 * llm.hidden_size * llm.num_hidden_layers + layer if cfg.grad_checkpoint else layer * llm.num_hidden_layers
     total = (weights + tokens * kept + CONTEXT) / 1e9
-    rows = [f"memory, estimated: {weights / 1e9:.1f} GB weights and optimiser + {tokens * kept / 1e9:.1f} GB activations "
-            f"({tokens} tokens a micro-batch) + {CONTEXT / 1e9:.1f} GB context = {total:.1f} GB"]  # fmt: skip
-    return [*rows, *(f"  {card} GB card: {'fits' if total < 0.92 * card else 'does not fit'}" for card in CARDS)]
+    line = (
+        f"memory, estimated: {weights / 1e9:.1f} GB weights and optimiser + {tokens * kept / 1e9:.1f} GB activations "
+        f"({tokens} tokens a micro-batch) + {CONTEXT / 1e9:.1f} GB context = {total:.1f} GB"
+    )
+    return [line, *(f"  {card} GB card: {'fits' if total < 0.92 * card else 'does not fit'}" for card in CARDS)]

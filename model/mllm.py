@@ -1,4 +1,4 @@
-"""The multimodal language model: text pieces and projected embeddings in one packed sequence, for training and inference alike."""
+"""The multimodal language model: text and projected embeddings in one packed sequence, for training and inference."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class MllmConfig:
 
 
 class Sample(Protocol):
-    """What pack() reads: a clip's id, its pieces (token ids, or the name of a slot), its answer and its slots' values."""
+    """What pack() reads: a clip's id, its pieces (token ids, or the name of a slot), its answer, its slots' values."""
 
     id: str
     pieces: list[list[int] | str]
@@ -78,13 +78,15 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        move = {f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        move = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
+        }
         slots = {name: (at.to(device), value.to(device)) for name, (at, value) in self.slots.items()}
         return Batch(self.ids, lengths=self.lengths, slots=slots, **move)
 
 
 def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Batch:
-    """Lays samples out back to back; with `answers` off only their prompts, as generation and label scoring need them."""
+    """Lays samples out back to back; with `answers` off only their prompts, as generating and scoring need them."""
     input_ids: list[int] = []
     labels: list[int] = []
     lengths: list[int] = []
@@ -118,7 +120,7 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
 
 
 class Projection(nn.Linear):
-    """Raw rows of a slot -> language model width, `merge` neighbouring rows at a time; optionally standardised first."""
+    """Raw rows of a slot -> language model width, `merge` neighbours at a time; optionally standardised first."""
 
     mean: Tensor
     std: Tensor
@@ -145,7 +147,9 @@ class Mllm(nn.Module):
     def __init__(self, cfg: MllmConfig, llm: Llama) -> None:
         super().__init__()
         if cfg.visual and (cfg.image_size % PATCH or cfg.patches % cfg.merge):
-            raise UserError(f"--image-size {cfg.image_size}: needs a multiple of 14 whose patches divide by {cfg.merge}")
+            raise UserError(
+                f"--image-size {cfg.image_size}: needs a multiple of 14 whose patches divide by {cfg.merge}"
+            )
         self.cfg = cfg
         self.llm = llm.requires_grad_(cfg.full)
         if not cfg.full:
@@ -153,9 +157,7 @@ class Mllm(nn.Module):
         llm.grad_checkpoint = cfg.grad_checkpoint
         self.projections = nn.ModuleDict(
             {
-                name: Projection(
-                    width, llm.config.hidden_size, cfg.merge if name == "image" else 1, cfg.normalize
-                )
+                name: Projection(width, llm.config.hidden_size, cfg.merge if name == "image" else 1, cfg.normalize)
                 for name, (_, width) in cfg.rows().items()
             }
         )
@@ -169,7 +171,7 @@ class Mllm(nn.Module):
         return x
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum over the batch's labelled positions of the cross entropy in nats (divide by the tokens of the whole step)."""
+        """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
         hidden = self.llm.hidden(self.embed(batch), Packed(batch.lengths), batch.positions[None])[0]
         at = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
         hidden, labels = hidden.index_select(0, at - 1), batch.labels[at]
@@ -187,8 +189,10 @@ class Mllm(nn.Module):
     def set_statistics(self, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Mean and standard deviation of each slot's raw rows over the train split."""
         for name, (mean, std) in statistics.items():
-            self.projections[name].mean.copy_(mean)
-            self.projections[name].std.copy_(std.clamp_min(1e-5))
+            projection = self.projections[name]
+            assert isinstance(projection, Projection)
+            projection.mean.copy_(mean)
+            projection.std.copy_(std.clamp_min(1e-5))  # a constant column stays finite
 
 
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -197,7 +201,9 @@ def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
     return {"llm_config.json": config.encode(), "tokenizer.model": Path(tokenizer.path).read_bytes()}
 
 
-def build(cfg: MllmConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None) -> tuple[Mllm, Tokenizer]:
+def build(
+    cfg: MllmConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None
+) -> tuple[Mllm, Tokenizer]:
     """The model on its base weights, and its tokenizer; `folder` is the checkpoint it will be loaded from, if any.
 
     A fully trained language model comes whole from its checkpoint, so only its shape is taken from `folder` here.

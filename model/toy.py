@@ -16,7 +16,8 @@ def make_toy_llm(folder: Path, sentences: Iterable[str], seed: int = 0, hidden: 
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=1000, hard_vocab_limit=False, byte_fallback=True,
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=1000,
+        hard_vocab_limit=False, byte_fallback=True,
         normalization_rule_name="identity", num_threads=1, minloglevel=2, bos_id=1, eos_id=2, unk_id=0, pad_id=-1,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())

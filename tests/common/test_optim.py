@@ -1,0 +1,193 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from common import optim
+from common.config import UserError
+from common.optim import OptimConfig, lr_at
+
+TOTAL = 30_000  # 30 epochs of 1000 steps
+STAGE1 = OptimConfig(lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=1000)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 1e-6), (500, 5.5e-6), (1000, 9.97535e-6), (10_000, 7.75e-6), (15_000, 5.5e-6), (29_999, 1.0000000e-6)],
+)
+def test_rate_of_stage_1(step, expected):
+    assert lr_at(step, TOTAL, STAGE1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_rate_of_stage_2_is_constant():
+    cfg = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=1000)
+    assert {lr_at(step, TOTAL, cfg) for step in range(0, TOTAL, 250)} == {1e-6}
+
+
+def test_other_schedules():
+    cfg = OptimConfig(lr=4e-4, min_lr=1e-4, warmup_lr=0.0, warmup_steps=10, schedule="constant")
+    assert [lr_at(step, 100, cfg) for step in (0, 5, 10, 99)] == pytest.approx([0.0, 2e-4, 4e-4, 4e-4])
+    cfg.schedule = "linear"
+    assert [lr_at(step, 100, cfg) for step in (5, 10, 50, 100)] == pytest.approx([2e-4, 3.7e-4, 2.5e-4, 1e-4])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "linear_warmup_cosine"])
+def test_rate_stays_at_its_end_after_the_last_step(schedule):
+    cfg = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=0, schedule=schedule)
+    assert [lr_at(step, 100, cfg) for step in (100, 150)] == pytest.approx([1e-5, 1e-5])
+
+
+def test_warm_up_edges():
+    cfg = OptimConfig(lr=1e-3, warmup_lr=-1.0, warmup_steps=10, schedule="constant")
+    assert [lr_at(step, 100, cfg) for step in (0, 9, 10)] == [1e-3] * 3  # below 0 means lr
+    cfg = OptimConfig(lr=1e-3, warmup_lr=1e-2, warmup_steps=10, schedule="constant")
+    assert lr_at(0, 100, cfg) == 1e-3  # never above lr
+    assert lr_at(0, 100, OptimConfig(lr=1e-3, warmup_steps=0)) == 1e-3
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 3)
+        self.ln_post = nn.Linear(3, 3, bias=False)  # a matrix, but of something that calls itself a norm
+        self.scale = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        return (self.frozen(self.ln_post(self.proj(x))) * self.scale).square().mean()
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def test_decay_groups():
+    module = net()
+    optimizer = optim.build(module, OptimConfig(lr=3e-4, weight_decay=0.07, beta2=0.95))
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = [([names[id(p)] for p in group["params"]], group["weight_decay"]) for group in optimizer.param_groups]
+    assert groups == [(["unused", "proj.weight"], 0.07), (["scale", "proj.bias", "ln_post.weight"], 0.0)]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (3e-4, (0.9, 0.95), 1e-8, True)
+    optim.set_lr(optimizer, 1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 1e-5]
+    assert len(optim.build(nn.Linear(2, 2, bias=False), OptimConfig()).param_groups) == 1
+
+
+def test_update_is_the_formula_of_adamw():
+    """Three steps against decoupled weight decay written out in float64 (Loshchilov & Hutter 2019, algorithm 2)."""
+    module = nn.Linear(3, 2)
+    cfg = OptimConfig(lr=1e-2, weight_decay=0.1, beta2=0.99)
+    optimizer = optim.build(module, cfg)
+    expected = {name: p.detach().double() for name, p in module.named_parameters()}
+    first = {name: torch.zeros_like(value) for name, value in expected.items()}
+    second = copy.deepcopy(first)
+    for t in range(1, 4):
+        for name, p in module.named_parameters():
+            p.grad = torch.randn(p.shape)
+            grad = p.grad.double()
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.99 * second[name] + 0.01 * grad**2
+            expected[name] = expected[name] * (1 - 1e-2 * (0.1 if name == "weight" else 0.0))
+            rate = first[name] / (1 - 0.9**t) / ((second[name] / (1 - 0.99**t)).sqrt() + 1e-8)
+            expected[name] = expected[name] - 1e-2 * rate
+        optimizer.step()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach().double(), expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.0, 1.0), (-1.0, 1.0), (100.0, 1.0), (6.5, 0.5)])
+def test_gradients_are_clipped_to_the_global_norm(clip, factor):
+    module = nn.Linear(2, 2)
+    module.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    module.bias.grad = torch.tensor([12.0, 0.0])
+    optimizer = optim.build(module, OptimConfig())
+    assert optim.grad_norm(optimizer, clip) == pytest.approx(13.0)
+    torch.testing.assert_close(module.weight.grad, factor * torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    torch.testing.assert_close(module.bias.grad, factor * torch.tensor([12.0, 0.0]))
+
+
+def test_norm_without_clipping_leaves_infinite_gradients_as_they_are():
+    module = nn.Linear(2, 1, bias=False)
+    optimizer = optim.build(module, OptimConfig())
+    assert optim.grad_norm(optimizer, 1.0) == 0.0  # no gradient yet
+    module.weight.grad = torch.tensor([[math.inf, 1.0]])
+    assert optim.grad_norm(optimizer, 0.0) == math.inf
+    assert module.weight.grad.tolist() == [[math.inf, 1.0]]
+
+
+def train(module, optimizer, steps):
+    for step in steps:
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        module(torch.randn(8, 4)).backward()
+        optim.grad_norm(optimizer, 1.0)
+        optim.set_lr(optimizer, lr_at(step, 10, OptimConfig(lr=1e-2, warmup_steps=3)))
+        optimizer.step()
+
+
+def test_training_goes_on_from_saved_state_as_if_unbroken():
+    unbroken = net()
+    train(unbroken, optim.build(unbroken, OptimConfig()), range(10))
+
+    before = net()
+    optimizer = optim.build(before, OptimConfig())
+    train(before, optimizer, range(4))
+    tensors = {name: value.clone() for name, value in optim.state_tensors(before, optimizer).items()}
+    trained = ("proj.weight", "proj.bias", "ln_post.weight", "scale")  # `unused` never got a gradient
+    assert set(tensors) == {f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in trained}
+
+    after = net(seed=1)
+    after.load_state_dict(before.state_dict())
+    optimizer = optim.build(after, OptimConfig())
+    optim.load_state_tensors(after, optimizer, dict(reversed(tensors.items())))
+    for name, value in optim.state_tensors(after, optimizer).items():
+        assert torch.equal(value, tensors[name])
+        assert value.data_ptr() != tensors[name].data_ptr()  # a file mapped to memory is not trained in
+    train(after, optimizer, range(4, 10))
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+
+
+def test_state_before_the_first_step_is_empty():
+    module = net()
+    optimizer = optim.build(module, OptimConfig())
+    assert optim.state_tensors(module, optimizer) == {}
+    optim.load_state_tensors(module, optimizer, {})
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("other.weight", lambda state: {f"{key}.other.weight": state["exp_avg.scale"] for key in ("step", "exp_avg")}),
+        ("frozen.weight", lambda state: {"exp_avg.frozen.weight": torch.zeros(3, 3)}),
+        ("scale", lambda state: {"exp_avg.scale": torch.zeros(2)}),
+        ("scale", lambda state: {"max_exp_avg_sq.scale": torch.zeros(3)}),
+    ],
+    ids=["unknown", "frozen", "shape", "key"],
+)
+def test_state_of_something_else_is_refused(name, change):
+    module = net()
+    optimizer = optim.build(module, OptimConfig())
+    train(module, optimizer, range(1))
+    tensors = optim.state_tensors(module, optimizer)
+    tensors |= change(tensors)
+    keys = ", ".join(sorted(full.partition(".")[0] for full in tensors if full.partition(".")[2] == name))
+    with pytest.raises(UserError) as error:
+        optim.load_state_tensors(module, optimizer, tensors)
+    assert str(error.value) == f"optimiser state of {name!r} ({keys}) does not fit what trains here"
+
+
+def test_state_in_part_is_refused():
+    module = net()
+    optimizer = optim.build(module, OptimConfig())
+    train(module, optimizer, range(1))
+    tensors = optim.state_tensors(module, optimizer)
+    del tensors["step.scale"]
+    with pytest.raises(UserError, match=r"^optimiser state of 'scale' \(exp_avg, exp_avg_sq\) does not fit"):
+        optim.load_state_tensors(module, optimizer, tensors)

@@ -1,0 +1,150 @@
+"""One thread, so that forked children are safe; ranks(): a function run by several processes as under torchrun."""
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common import dist
+
+torch.set_num_threads(1)
+FORK = get_context("fork")
+
+
+def pytest_collection_modifyitems(items):
+    """Forking tests first: where there is a GPU, a backward pass starts threads that a forked child cannot use."""
+    items.sort(key=lambda item: "ranks" not in getattr(item, "fixturenames", ()))
+
+
+def child(pipe, rank, n, port, fn, args):
+    os.setsid()  # with its own children it makes one group, killed together
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.LAUNCHED, dist.PARENT = True, os.getppid()  # read at import, which was before the fork
+    try:
+        answer = (True, fn(*args))
+        dist.cleanup()
+        answer = pickle.dumps(answer)
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)
+
+
+def run_ranks(n, fn, *args, timeout=60.0):
+    """fn(*args) in n forked processes with torchrun's environment; the results in rank order.
+
+    The first rank that fails fails the test with its traceback; nothing outlives the call.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [FORK.Pipe(duplex=False) for _ in range(n)]
+    processes = [FORK.Process(target=child, args=(pipes[i][1], i, n, port, fn, args)) for i in range(n)]
+    results, deadline = {}, time.monotonic() + timeout
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        while len(results) < n:
+            waiting = {receiver: i for i, (receiver, _) in enumerate(pipes) if i not in results}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                pytest.fail(f"ranks {sorted(waiting.values())} of {n} did not end within {timeout:g} s", pytrace=False)
+            for receiver in ready:
+                results[waiting[receiver]] = answer(receiver, waiting[receiver], processes)
+    finally:
+        for process in processes:
+            end(process)
+    return [results[i] for i in range(n)]
+
+
+def answer(receiver, rank, processes):
+    try:
+        fine, value = pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        processes[rank].join(5)
+        pytest.fail(f"rank {rank} died without an answer, exit code {processes[rank].exitcode}", pytrace=False)
+    if not fine:
+        pytest.fail(f"rank {rank}:\n{value}", pytrace=False)
+    return value
+
+
+def end(process):
+    """Waits a moment for a process that has answered, then kills it with all that it started."""
+    if process.pid is None:
+        return
+    process.join(0.5)
+    with contextlib.suppress(ProcessLookupError):  # no group: nothing is left, or the child has not made it yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+@pytest.fixture(name="ranks")
+def ranks_fixture():
+    return run_ranks
+
+
+@pytest.fixture
+def signals():
+    """Puts back the handlers that a training run in this process replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def merr(tmp_path_factory):
+    """MERR's files without its videos: 24 clips and 9 unseen ones with features, a toy language model, a config of it all."""
+    from data.features import StoreWriter
+    from data.prompts import QUESTIONS, emotion_question
+    from model.toy import make_toy_llm
+
+    root, labels = tmp_path_factory.mktemp("merr"), ["happy", "sad", "neutral", "angry"]
+    ids = [f"sample_{i:08}" for i in range(24)] + [f"unseen_{i:08}" for i in range(9)]
+    label = {id: labels[i % 4] for i, id in enumerate(ids)}
+    for file, kind in (("MERR_coarse_grained.txt", "sample"), ("relative_test3_NCEV.txt", "unseen")):
+        (root / file).write_text("".join(f"{id} 12 {label[id]} -10\n" for id in ids if id.startswith(kind)))
+    captions = {id: f"The brow is {'very ' * (i % 5)}tense, so {label[id]}." for i, id in enumerate(ids)}
+    (root / "MERR_coarse_grained.json").write_text(json.dumps({id: {"caption": text} for id, text in captions.items()}))
+    fine = {id: {"smp_reason_caption": f"The voice is low, so the emotion is {label[id]}"} for id in ids}
+    (root / "MERR_fine_grained.json").write_text(json.dumps(fine))
+    said = [f"{id},we {'really ' * (i % 3)}leave today" for i, id in enumerate(ids) if i % 7]  # not every clip has words,
+    (root / "transcription_en_all.csv").write_text("\n".join(["name,sentence", *said, ""]))
+
+    (root / "voice").mkdir()
+    centre = {name: np.random.default_rng(7 + i).normal(size=5) for i, name in enumerate(labels)}
+    patches = StoreWriter(root / "patches", {"encoder": "drawn", "image_size": 56, "pooling": "patches", "dim": 3})
+    for i, id in enumerate(ids):
+        rng = np.random.default_rng(i)
+        if i % 9:  # nor a voice
+            np.save(root / "voice" / f"{id}.npy", (centre[label[id]] + 0.1 * rng.normal(size=5)).astype(np.float32))
+        patches.add(id, torch.from_numpy(rng.normal(size=(1 + 16, 3)).astype(np.float32)))
+    patches.finish()
+
+    head = "[INST] <video> </video> <feature> </feature> The person in video says: we really leave today. [emotion] [reason] [/INST]"
+    make_toy_llm(root / "base", [head, emotion_question(labels), *QUESTIONS["reason"], *captions.values()], hidden=32, layers=1)
+    config = {
+        "model": {
+            "llm": str(root / "base"), "features": {"voice": 5}, "visual": "patches", "visual_width": 3, "image_size": 56,
+            "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "grad_checkpoint": False,
+        },
+        "data": {"data_root": str(root), "labels": labels, "enable_augmentation": True, "valid_share": 0.25},
+        "optim": {"lr": 5e-3, "min_lr": 1e-3, "warmup_steps": 0},
+        "device": "cpu", "num_workers": 0, "log_every": 1, "decode": {"max_new_tokens": 4},
+    }  # fmt: skip
+    (root / "toy.yaml").write_text(yaml.safe_dump(config))
+    return SimpleNamespace(root=root, ids=ids, labels=labels, config=config, argv=["--cfg", str(root / "toy.yaml")])

@@ -4,6 +4,7 @@ $ python train_llm.py --fast
 $ torchrun --nproc-per-node 4 train_llm.py --cfg configs/stage1.yaml
 """
 
+import csv
 import json
 import math
 import os
@@ -35,9 +36,11 @@ from evals import emotion, sizes
 from evals.emotion import DecodeConfig
 from model.encoders import load as load_encoder
 from model.mllm import Mllm, MllmConfig, build, checkpoint_files, pack
+from model.published import load_published
 from model.tokenizer import Tokenizer
 from model.toy import make_toy_llm
 
+LOGGED = ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "clue_overlap", "invalid")
 FAST_CLIPS = (600, 120)  # train and test
 # --fast: everything is made on the spot (data/mock.py, model/toy.py), nothing is downloaded
 FAST = {
@@ -78,7 +81,7 @@ class Config:
     save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
     metric: str = opt(
         "weighted_f1", "validation score that chooses the best", "--metric",
-        choices=("weighted_f1", "accuracy", "war", "uar", "macro_f1", "loss"),
+        choices=("weighted_f1", "accuracy", "war", "uar", "macro_f1", "clue_overlap", "loss"),
     )  # fmt: skip
     keep: int = opt(0, "newest checkpoints to keep besides best; 0: all", "--keep")
     test: bool = opt(False, "read the test split once, after training", "--test")
@@ -106,8 +109,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    splits = load_splits(cfg.data, cfg.seed, cfg.evaluate, say)
-    features = Features(cfg.model.rows(), cfg.model.visual, cfg.data)
+    splits, features, _ = together(
+        lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
+        lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data),
+        lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
+    )
     features.scan(splits["train"], cfg.data.max_bad, say)
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
     train = ClipData(splits["train"], features, cfg.data, tokenizer.encode, train=True, seed=cfg.seed)
@@ -128,6 +134,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
             if state[name] != now:
                 say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
+    elif cfg.ckpt and cfg.ckpt.endswith(".pth"):
+        say(f"weights of {cfg.ckpt}: {load_published(mllm, cfg.ckpt)}")
     elif cfg.ckpt:
         folder = checkpoint.resolve(cfg.ckpt, prefer="best")
         say(f"weights of {folder}: {checkpoint.load_model(mllm, folder)}")
@@ -240,6 +248,19 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
+def together(*attempts: Callable) -> list:
+    """The results of all attempts, or one UserError that names everything that is wrong."""
+    results, problems = [], []
+    for attempt in attempts:
+        try:
+            results.append(attempt())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return results
+
+
 @dataclass
 class Progress:
     """What a checkpoint remembers of the run besides tensors."""
@@ -292,11 +313,12 @@ def validate(
     """Scores the validation clips, logs them beside the majority class, and says whether this is the best so far."""
     task = "emotion" if "emotion" in cfg.data.task_pool else next(iter(cfg.data.task_pool))
     labels = cfg.data.labels
+    decode = cfg.decode if task == "emotion" else replace(cfg.decode, decode="generate")
     scores, records = emotion.evaluate(
-        mllm, tokenizer, valid, labels, cfg.decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
+        mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
     )
     scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
-    numbers = {f"valid/{key}": scores[key] for key in ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "invalid")}
+    numbers = {f"valid/{key}": scores[key] for key in LOGGED if key in scores}
     log(progress.step, **numbers, **{"valid/majority_weighted_f1": scores["majority"]["weighted_f1"]})
     log.figure("valid/confusion", confusion_image(scores["confusion"], labels), progress.step)
     for record in records[:3]:
@@ -411,20 +433,25 @@ def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
 
 
 def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, here: dist.Ranks, say: Callable) -> dict:
-    """Scores on the test split by both ways of decoding, and with one kind of stream at a time."""
-    visual = [name for name in cfg.model.rows() if name not in ("voice",)]
-    runs = {"score": ("score", []), "generate": ("generate", [])}
+    """Scores on the test split by both ways of decoding; --fast also with one kind of stream at a time."""
+    runs = {"score": [], "generate": []}
+    cues: dict[str, set[str]] = {}
     if cfg.fast:
-        runs |= {"face only": ("score", visual), "voice only": ("score", ["voice"]), "words only": ("score", ["text"])}
+        runs |= {"visual only": ["image", "cls", "face"], "audio only": ["voice"], "text only": ["text"]}
+        with open(Path(cfg.data.data_root) / "cues.csv") as file:
+            cues = {row.pop("id"): {kind for kind, has in row.items() if has == "1"} for row in csv.DictReader(file)}
     results = {}
-    for name, (decode, streams) in runs.items():
-        data = test.only(streams)
-        settings = replace(cfg.decode, decode=decode)
-        scores, _ = emotion.evaluate(
-            mllm, tokenizer, data, cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
+    for name, streams in runs.items():
+        settings = replace(cfg.decode, decode="generate" if name == "generate" else "score")
+        scores, records = emotion.evaluate(
+            mllm, tokenizer, test.only(streams), cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
         )
+        carrying = [r["prediction"] == r["label"] for r in records if name.split()[0] in cues.get(r["id"], ())]
+        if carrying:
+            scores["accuracy_on_carriers"] = sum(carrying) / len(carrying)
+        on = f"  on the {len(carrying)} clips with that cue {scores['accuracy_on_carriers']:.4f}" if carrying else ""
         results[name] = scores
-        say(f"test, {name:<10}: {metrics.line(scores)}")
+        say(f"test, {name:<11}: {metrics.line(scores)}{on}")
     say(metrics.table(results["score"], results["score"]["majority"]))
     return results
 

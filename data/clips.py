@@ -89,21 +89,18 @@ class Features:
         self.rows = rows
         self.stores: dict[str, FeatureStore | NpyFolder] = {}
         wanted = [name for name in rows if name not in VISUAL] + ([visual] if visual else [])
+        places = {name: [Path(cfg.data_root) / name, Path(cfg.features_root) / name, Path(name)] for name in wanted}
+        if missing := [name for name in wanted if not any(place.is_dir() for place in places[name])]:
+            looked = " and ".join(str(place) for place in places[missing[0]][:2])
+            raise UserError(
+                f"features {', '.join(missing)} not found (looked for {looked}); extract.py makes them from media"
+            )
         for name in wanted:
-            self.stores[name] = self._open(name, cfg)
+            self.stores[name] = open_features(next(place for place in places[name] if place.is_dir()))
         self.visual = visual
         self.keep = set(cfg.streams) or set(rows)
         self.broken: dict[str, str] = {}
         self._check_widths()
-
-    @staticmethod
-    def _open(name: str, cfg: DataConfig) -> FeatureStore | NpyFolder:
-        places = [Path(cfg.data_root) / name, Path(cfg.features_root) / name, Path(name)]
-        for place in places:
-            if place.is_dir():
-                return open_features(place)
-        looked = ", ".join(map(str, places[:2]))
-        raise UserError(f"features {name!r} not found (looked in {looked}); extract.py makes them from the media files")
 
     def _check_widths(self) -> None:
         for name, store in self.stores.items():

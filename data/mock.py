@@ -1,4 +1,7 @@
-"""A synthetic data set in MERR's layout: talking heads whose faces, voices and subtitles carry emotion cues."""
+"""A synthetic data set in MERR's layout: talking heads whose faces, voices and subtitles carry emotion cues.
+
+$ python -m data.mock --out datasets/mock --train 40 --test 12
+"""
 
 import csv
 import json
@@ -11,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import UserError
+from common.config import UserError, opt, run
 from data.prompts import EMOTIONS6
 from data.synth import FPS, SAMPLE_RATE, Face, Tone, draw_face, speak
 
@@ -243,3 +246,20 @@ def _write_list(path: Path, rows: Iterable[tuple]) -> None:
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+@dataclass
+class Config:
+    out: str = opt("datasets/mock", "folder of the set", "--out")
+    train: int = opt(400, "training clips", "--train")
+    test: int = opt(120, "test clips", "--test")
+    seed: int = opt(0, "seed of everything drawn", "--seed")
+
+
+def main(cfg: Config) -> None:
+    make_mock(cfg.out, cfg.train, cfg.test, cfg.seed, workers=os.cpu_count() or 1)
+    print(f"{cfg.out}: {cfg.train} training and {cfg.test} test clips")
+
+
+if __name__ == "__main__":
+    run(Config, main)

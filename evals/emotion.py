@@ -64,13 +64,8 @@ def answer(
                 found = _generate(mllm, tokenizer, prompts, labels, cfg, seed + start)
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
-            records[i] = {
-                "id": sample.id,
-                "label": sample.label,
-                **record,
-                "task": sample.task,
-                "prompt": sample.prompt,
-            }
+            asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target}
+            records[i] = {"id": sample.id, "label": sample.label, **record, **asked}
         bar.update(len(chosen))
     bar.close()
     return [records[i] for i in range(len(samples))]
@@ -108,6 +103,9 @@ def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -
     scores = metrics.classification(truth, predicted, labels)
     scores["invalid"] = sum(record["prediction"] is None for record in records) / len(records)
     scores["clips"] = len(records)
+    told = [metrics.clue_overlap(r["target"], r["answer"]) for r in records if r["task"] != "emotion" and r["target"]]
+    if told:
+        scores["clue_overlap"] = sum(told) / len(told)
     return scores | {"majority": metrics.majority(truth, labels)}
 
 

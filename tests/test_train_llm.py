@@ -173,3 +173,182 @@ def talking(function, *args):
     with redirect_stdout(io.StringIO()) as said:
         result = function(*args)
     return result, said.getvalue()
+
+
+# ---- killed inside a save, by one process
+
+
+@pytest.fixture(scope="module")
+def single(merr, tmp_path_factory):
+    """The folder of a one-process run that nobody stopped."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    process = FORK.Process(target=lambda: sys.exit(train([*merr.argv, *LONG, "--out", out])))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return out
+
+
+def killed_at(call, number, argv):
+    """A run that dies by SIGKILL when it calls checkpoint.<call> for the `number`th time; its exit code."""
+
+    def dies():
+        calls, function = [], getattr(checkpoint, call)
+
+        def counted(*args):
+            calls.append(args)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        setattr(checkpoint, call, counted)
+        train(argv)
+
+    process = FORK.Process(target=dies)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+# the second save is that of step 6: before its first file, among its fsyncs, renamed but not linked
+@pytest.mark.parametrize(("call", "number", "saved"), [("save_file", 3, 3), ("_sync", 12, 3), ("_link", 2, 6)])
+def test_a_kill_inside_a_save_costs_at_most_that_save(merr, tmp_path, capsys, single, call, number, saved):
+    out = tmp_path / "run"
+    assert killed_at(call, number, [*merr.argv, *LONG, "--out", out]) == -signal.SIGKILL
+    assert newest_step(out) == saved
+    assert train([*merr.argv, "--out", out, "--resume"]) == 0
+    assert f"resumed from {out}/checkpoints/step_{saved:06d}: " in capsys.readouterr().out
+    assert model_bytes(out) == model_bytes(single)
+    assert not list((out / "checkpoints").glob(".tmp-*"))
+
+
+# ---- asked to stop
+
+
+def stopped(argv, at, victims):
+    """A run in which the ranks `victims` get SIGTERM during optimiser step `at`; its exit code."""
+    schedule = train_llm.lr_at
+
+    def lr_at(step, total, cfg):
+        if step == at and int(os.environ["RANK"]) in victims:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, total, cfg)
+
+    train_llm.lr_at = lr_at
+    return train(argv)
+
+
+@pytest.mark.parametrize("victims", [(0, 1), (0,), (1,)])
+def test_sigterm_to_some_ranks_stops_all_after_the_same_step(merr, ranks, tmp_path, unbroken, victims):
+    argv, out = [*merr.argv, *LONG, "--out", tmp_path / "run"], tmp_path / "run"
+    outputs = ranks(2, talking, stopped, argv, 7, victims)
+    assert [code for code, _ in outputs] == [0, 0]
+    assert outputs[0][1].endswith(f"\nstopped after step 8 of {STEPS}; go on with the same command and --resume\n")
+    assert newest_step(out) == 8  # no multiple of --save-steps
+    assert not (out / ".lock").exists()
+    assert ranks(2, train, [*argv, "--resume"]) == [0, 0]
+    assert model_bytes(out) == unbroken
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_before_it_ends(merr, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    agent = torchrun([*merr.argv, *LONG, "--out", out], output, whole=True)
+    try:
+        wait_until(lambda: logged_steps(out) >= 2, 60, output.read_text)
+        os.kill(agent.pid, signal.SIGTERM)
+        agent.join(20)
+        assert agent.exitcode == 1  # torchrun's own
+    finally:
+        end(agent)
+    step = newest_step(out)
+    assert f"\nstopped after step {step} of {STEPS}; go on with the same command and --resume\n" in output.read_text()
+    assert (out / "checkpoints" / "last" / "optimizer.safetensors").is_file()
+    assert not (out / ".lock").exists()  # rank 0 came to the end of main()
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_plain_run(merr, tmp_path, capsys, single):
+    out = tmp_path / "run"
+    argv = [*merr.argv, *LONG, "--out", out]
+    command = [sys.executable, str(ROOT / "train_llm.py"), *map(str, argv)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            wait_until(lambda: logged_steps(out) >= 2, 60, lambda: f"{out} has no log of two steps")
+            process.terminate()
+            said, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    step = newest_step(out)
+    assert 2 <= step < STEPS
+    assert said.splitlines()[-1] == f"stopped after step {step} of {STEPS}; go on with the same command and --resume"
+    assert train([*argv, "--resume"]) == 0
+    assert model_bytes(out) == model_bytes(single)
+
+
+# ---- the loss is a mean over the answer tokens of the whole step
+
+
+class Caught(Exception):
+    """Ends a run at its first optimiser step."""
+
+
+def first_step(argv):
+    """Gradients of the first optimiser step, and the answer tokens of each of this rank's micro-batches."""
+    gradients, counts, pack = [], [], train_llm.pack
+
+    def catch(optimizer, clip):
+        gradients.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+        raise Caught
+
+    def counted(samples, cfg):
+        batch = pack(samples, cfg)
+        counts.append(batch.targets)
+        return batch
+
+    optim.grad_norm, train_llm.pack = catch, counted
+    with suppress(Caught):
+        train(argv)
+    return gradients, counts
+
+
+def dense_gradients(argv):
+    """The same gradients one sample at a time: no packing, no DDP, the embeddings put together here."""
+    cfg = config.load(train_llm.Config, list(map(str, argv)))
+    model, tokenizer = multimodal.build(cfg.model, torch.float32, torch.device("cpu"))
+    optimizer = optim.build(model, cfg.optim)
+    clips = load_splits(cfg.data, cfg.seed, False, lambda _: None)["train"]
+    data = ClipData(clips, Features(cfg.model.rows(), "patches", cfg.data), cfg.data, tokenizer.encode, True, cfg.seed)
+    total, tokens = torch.zeros(()), 0
+    for epoch, index in window(0, len(data), cfg.seed, 8, 1, 0, 1)[0]:
+        sample = data.sample(index, epoch)
+        parts = []
+        for piece in sample.pieces:
+            if isinstance(piece, str):
+                linear = model.projections[piece]
+                parts.append(sample.values[piece].reshape(-1, linear.in_features) @ linear.weight.T + linear.bias)
+            else:
+                parts.append(model.llm.model.embed_tokens.weight[piece])
+        parts.append(model.llm.model.embed_tokens.weight[sample.answer])
+        logits = model.llm(inputs_embeds=torch.cat(parts)[None])[0]
+        n = len(sample.answer)
+        total = total + F.cross_entropy(logits[-n - 1 : -1], torch.tensor(sample.answer), reduction="sum")
+        tokens += n
+    (total / tokens).backward()
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_batches_ranks_and_accumulation_give_the_same_gradients(merr, ranks, tmp_path):
+    argv = [*merr.argv, "--full", "--iters-per-epoch", 1, "--out", tmp_path / "run"]
+    [(one, counts)] = ranks(1, first_step, [*argv, "--batch-size", 8])
+    [(accumulated, halves)] = ranks(1, first_step, [*argv, "--batch-size", 4, "--accum", 2])
+    (of_rank, [first]), (of_other, [second]) = ranks(2, first_step, [*argv, "--batch-size", 4])
+    assert halves == [first, second]
+    assert counts == [first + second]
+    assert first != second  # else a mean of means would be right too
+    reference = dense_gradients([*argv, "--batch-size", 8])
+    assert max(float(gradient.abs().max()) for gradient in reference) > 0.1
+    for found in (one, accumulated, of_rank, of_other):
+        for gradient, expected in zip(found, reference, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)

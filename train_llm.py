@@ -245,6 +245,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     log.close()
     if lock:
         lock.release()
+    # DDP goes before the group: were it the group's last user, it would wait for threads that wait for Python's lock
+    del ddp
     dist.cleanup()
 
 

@@ -96,10 +96,11 @@ class Features:
                 f"features {', '.join(missing)} not found (looked for {looked}); extract.py makes them from media"
             )
         for name in wanted:
-            self.stores[name] = open_features(next(place for place in places[name] if place.is_dir()))
+            place = next(place for place in places[name] if place.is_dir())
+            self.stores[name] = open_features(place, "frames" if name == visual else None)
         self.visual = visual
         self.keep = set(cfg.streams) or set(rows)
-        self.broken: dict[str, str] = {}
+        self.broken: dict[tuple[str, str], str] = {}  # (stream, clip) -> what is wrong
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -114,23 +115,33 @@ class Features:
                 )
 
     def __call__(self, clip: Clip) -> dict[str, Tensor]:
-        """Slot -> (rows, width) float32; a stream the clip lacks, or holds non-finite numbers in, is absent."""
+        """Slot -> (rows, width) float32; a stream that the clip lacks, or that is broken, is absent."""
         values = {}
-        for name, store in self.stores.items():
-            if clip.id not in store:
-                continue
-            value = store[clip.id].float()
-            if not torch.isfinite(value).all():
-                self.broken[clip.id] = f"{name}: non-finite values"
-            elif name == self.visual:
+        for name in self.stores:
+            value = self._read(name, clip.id)
+            if value is not None and name == self.visual:
                 values |= {"image": value[1:], "cls": value[:1]}
-            else:
-                values[name] = value.reshape(1, -1)
-        for name, value in values.items():
-            if value.shape != self.rows[name]:
-                shape, expected = tuple(value.shape), self.rows[name]
-                raise UserError(f"features of clip {clip.id!r}: {name} has shape {shape}, the model expects {expected}")
+            elif value is not None:
+                values[name] = value
         return {name: value for name, value in values.items() if name in self.keep}
+
+    def _read(self, name: str, id: str) -> Tensor | None:
+        """One stream of a clip; None, and noted in `broken`, when it is unreadable, misshapen or not finite."""
+        store = self.stores[name]
+        if id not in store or (name, id) in self.broken:
+            return None
+        rows, width = self.rows["image" if name == self.visual else name]
+        expected = (rows + 1, width) if name == self.visual else (1, width)
+        try:
+            value = torch.atleast_2d(store[id]).float()
+            if value.shape != expected:
+                raise UserError(f"{name}: id {id!r} has shape {tuple(value.shape)}, the model expects {expected}")
+            if not torch.isfinite(value).all():
+                raise UserError(f"{name}: id {id!r} has non-finite values")
+        except UserError as error:
+            self.broken[name, id] = str(error)
+            return None
+        return value
 
     def only(self, streams: list[str]) -> "Features":
         view = copy.copy(self)
@@ -138,17 +149,17 @@ class Features:
         return view
 
     def scan(self, clips: Sequence[Clip], max_bad: float, say: Callable[[str], None]) -> None:
-        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips is not finite."""
+        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips is broken."""
         for clip in clips:
-            for name, store in self.stores.items():
-                if name != self.visual and clip.id in store and not torch.isfinite(store[clip.id]).all():
-                    self.broken[clip.id] = f"{name}: non-finite values"
+            for name in self.stores:
+                if name != self.visual:
+                    self._read(name, clip.id)
         if self.broken:
-            first = ": ".join(next(iter(self.broken.items())))
-            line = f"{len(self.broken)} of {len(clips)} clips hold broken features (first: {first})"
-            if len(self.broken) > max_bad * len(clips):
+            bad = len({id for _, id in self.broken})
+            line = f"{bad} of {len(clips)} clips have broken features, the first: {next(iter(self.broken.values()))}"
+            if bad > max_bad * len(clips):
                 raise UserError(f"{line}; more than --max-bad {max_bad:g}")
-            say(f"{line}; those streams count as absent")
+            say(f"{line}; these streams count as absent")
 
     def describe(self) -> dict[str, dict]:
         """How each store was made, so that predict.py can make the same features of a new clip."""

@@ -1,6 +1,7 @@
 """One thread, so that forked children are safe; ranks(): a function run by several processes as under torchrun."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ def pytest_collection_modifyitems(items):
 
 def child(pipe, rank, n, port, fn, args):
     os.setsid()  # with its own children it makes one group, killed together
+    faulthandler.enable(file=2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.LAUNCHED, dist.PARENT = True, os.getppid()  # read at import, which was before the fork
@@ -45,7 +47,8 @@ def child(pipe, rank, n, port, fn, args):
 def run_ranks(n, fn, *args, timeout=60.0):
     """fn(*args) in n forked processes with torchrun's environment; the results in rank order.
 
-    The first rank that fails fails the test with its traceback; nothing outlives the call.
+    The first rank that fails fails the test with its traceback, one that hangs says where on stderr; nothing outlives
+    the call.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,6 +64,8 @@ def run_ranks(n, fn, *args, timeout=60.0):
             waiting = {receiver: i for i, (receiver, _) in enumerate(pipes) if i not in results}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
+                for i in waiting.values():
+                    os.kill(processes[i].pid, signal.SIGABRT)  # says on stderr where it hangs
                 pytest.fail(f"ranks {sorted(waiting.values())} of {n} did not end within {timeout:g} s", pytrace=False)
             for receiver in ready:
                 results[waiting[receiver]] = answer(receiver, waiting[receiver], processes)

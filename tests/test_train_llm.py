@@ -352,3 +352,265 @@ def test_batches_ranks_and_accumulation_give_the_same_gradients(merr, ranks, tmp
     for found in (one, accumulated, of_rank, of_other):
         for gradient, expected in zip(found, reference, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+
+
+# ---- a user's mistakes
+
+
+def rewrite(out, change):
+    """Lets `change` edit the tensors of the last checkpoint."""
+    path = out / "checkpoints" / "last" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def run(single, tmp_path):
+    """A copy of the finished run, to go on with."""
+    return Path(shutil.copytree(single, tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture
+def data(merr, tmp_path):
+    """A copy of the data, to spoil."""
+    return Path(shutil.copytree(merr.root, tmp_path / "merr"))
+
+
+def test_an_unknown_option_names_the_nearest(fails):
+    assert fails("--optim.lrr", "1") == "unknown option --optim.lrr (nearest: --optim.lr)"
+    assert fails("--epochs", "two") == "--epochs: 'two' is not an int"
+
+
+def test_what_is_missing_is_named_all_at_once(merr, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    name = "meta-llama/Llama-2-7b-chat-hf"
+    assert fails(*merr.argv, "--llm", name, "--data-root", "none", "--features-root", "made") == (
+        "annotation_file 'MERR_coarse_grained.txt' not found (looked for none/MERR_coarse_grained.txt and "
+        "MERR_coarse_grained.txt); "
+        "features voice, patches not found (looked for none/voice and made/voice); extract.py makes them from media; "
+        f"language model '{name}' not found (looked in {name}, weights/{name}, weights/Llama-2-7b-chat-hf, "
+        f"{tmp_path}/cache); get them with: hf download {name} --local-dir weights/{name} (gated: accept the licence first)"
+    )
+    assert not Path("out").exists()
+
+
+def test_a_published_test_set_does_not_choose_the_checkpoint(merr, fails):
+    assert fails(*merr.argv, "--valid-file", "lists/relative_test3_NCEV.txt") == (
+        "--valid-file lists/relative_test3_NCEV.txt: that is a published test set; choose on other clips"
+    )
+
+
+def test_features_of_another_width_or_shape(merr, fails, data):
+    argv = [*merr.argv, "--data-root", data]
+    assert fails(*argv, "--model.features", "voice=4") == "features 'voice' are 5 wide, the model expects 4"
+    assert fails(*argv, "--visual-width", "4") == "features 'patches' are 3 wide, the model expects 4"
+    assert fails(*argv, "--image-size", "112") == (
+        "visual tokens 'patches' were made at --image-size 56; the model expects 64 patches"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.zeros((3, 5)), "{0}: id '{1}' has 3 rows, expected one utterance vector (or pooling mean or frames)"),
+        (np.zeros(6), "{0}: id '{1}' has width 6, 'sample_00000001' has 5"),
+        (np.full(5, np.nan), "voice: id '{1}' has non-finite values"),
+        (np.full(5, -np.inf), "voice: id '{1}' has non-finite values"),
+    ],
+    ids=["T,D", "width", "nan", "inf"],
+)
+def test_broken_features_are_absent_or_too_many(merr, fails, data, tmp_path, capsys, value, reason):
+    first, second = "sample_00000004", "sample_00000007"
+    for name in (first, second):
+        np.save(data / "voice" / f"{name}.npy", value.astype(np.float32))
+    argv = [*merr.argv, "--data-root", data, "--out", tmp_path / "run", "--epochs", 1, "--iters-per-epoch", 12]
+    line = f"2 of 24 clips have broken features, the first: {reason.format(data / 'voice', first)}"
+    assert fails(*argv) == f"{line}; more than --max-bad 0.01"
+    assert not (tmp_path / "run").exists()
+    assert train([*argv, "--max-bad", 0.1]) == 0
+    assert f"{line}; these streams count as absent\n" in capsys.readouterr().out
+    weights = load_file(tmp_path / "run/checkpoints/last/model.safetensors").values()
+    assert all(torch.isfinite(each).all() for each in weights)
+
+
+def test_an_unknown_label_is_named_with_its_line(merr, fails, data):
+    path = data / "MERR_coarse_grained.txt"
+    path.write_text(path.read_text().replace("sample_00000002 12 neutral", "sample_00000002 12 Hapy"))
+    labels = ", ".join(merr.labels)
+    line = f"{path}:3: unknown label 'Hapy' (nearest: happy; labels: {labels})"
+    assert fails(*merr.argv, "--data-root", data) == line
+    manifest = data / "clips.csv"
+    manifest.write_text("id,label,text\na,happy,yes\nb,glad,no\n")
+    assert fails(*merr.argv, "--manifest", manifest) == f"{manifest}:3: unknown label 'glad' (labels: {labels})"
+
+
+def test_a_run_is_not_overwritten_by_accident(merr, fails, run):
+    before = model_bytes(run)
+    argv = [*merr.argv, "--out", run, "--epochs", 1, "--iters-per-epoch", 2]
+    assert fails(*argv) == f"{run} holds a run: --resume goes on with it, --overwrite replaces it, --out DIR starts elsewhere"
+    assert model_bytes(run) == before
+    assert train([*argv, "--overwrite"]) == 0
+    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == ["epoch_001"]
+    assert logged_steps(run) == 2
+
+
+def test_resume_without_anything_to_go_on_from(merr, fails, tmp_path, capsys):
+    missing = tmp_path / "old"
+    assert fails(*merr.argv, "--resume", missing) == f"--resume {missing}: not found (first run: leave --resume out)"
+    missing.mkdir()
+    assert fails(*merr.argv, "--resume", missing) == (
+        f"checkpoint {missing}: holds no checkpoint (a run folder, its checkpoints/ or one checkpoint folder)"
+    )
+    out = tmp_path / "run"
+    assert train([*merr.argv, "--out", out, "--epochs", 1, "--iters-per-epoch", 2, "--resume"]) == 0
+    assert capsys.readouterr().out.startswith(f"--resume: {out} holds no checkpoint yet, starting fresh\n")
+    assert newest_step(out) == 2
+
+
+def test_a_checkpoint_with_a_missing_or_an_extra_tensor(merr, fails, run):
+    file = (run / "checkpoints" / "last").resolve() / "model.safetensors"
+    name = "projections.voice.bias"
+    rewrite(run, lambda tensors: tensors.pop(name))
+    assert fails(*merr.argv, "--out", run, "--resume") == f"{file}: 9/10 tensors match the model; 1 missing: {name}"
+    rewrite(run, lambda tensors: tensors.update({name: torch.zeros(32), "head.weight": torch.zeros(2)}))
+    assert fails(*merr.argv, "--out", run, "--resume") == (
+        f"{file}: 10/10 tensors match the model; 1 unexpected: head.weight"
+    )
+
+
+def test_a_change_of_shape_cannot_be_resumed(merr, fails, run):
+    file = (run / "checkpoints" / "last").resolve() / "model.safetensors"
+    attention = "llm.model.layers.0.self_attn"
+    assert fails(*merr.argv, "--out", run, "--resume", "--lora-r", "2") == (
+        f"{file}: 4 tensors of the wrong shape: {attention}.q_proj.lora_A.weight is (4, 32), not (2, 32), "
+        f"{attention}.q_proj.lora_B.weight is (32, 4), not (32, 2), {attention}.v_proj.lora_A.weight is (4, 32), not (2, 32), ..."
+    )
+
+
+def test_a_full_disk_keeps_what_was_saved(merr, fails, tmp_path, monkeypatch, single):
+    out, write = tmp_path / "run", checkpoint.save_file
+
+    def full(tensors, path):
+        if "step_000006" in str(path) and str(path).endswith("optimizer.safetensors"):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert fails(*merr.argv, *LONG, "--out", out) == (
+        f"cannot save {out}/checkpoints/step_000006: no space left on the disk; earlier checkpoints are kept"
+    )
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["last", "step_000003"]
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    assert train([*merr.argv, "--out", out, "--resume"]) == 0
+    assert model_bytes(out) == model_bytes(single)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(merr, fails, tmp_path):
+    out = tmp_path / "run"
+    line = fails(*merr.argv, *LONG, "--out", out, "--save-steps", 1, "--lr", "1e30", "--schedule", "constant", "--grad-clip", 0)
+    ids = ", ".join(merr.ids[index] for _, index in window(1, 24, 42, 2, 1, 0, 1)[0])
+    assert line == (
+        f"step 1: loss nan, gradient norm nan, lr 1e+30, clips {ids}; the last checkpoint is kept: "
+        "lower --lr, set --grad-clip, or check these clips' features"
+    )
+    assert newest_step(out) == 1
+
+
+def stopped_by_a_mistake(argv, path):
+    """The exit code and what is on stderr of a rank."""
+    descriptor = os.open(path + os.environ["RANK"], os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (pytest's own goes elsewhere)
+    return train(argv)
+
+
+def test_every_rank_stops_and_names_its_own_clips(merr, ranks, tmp_path):
+    argv = [*merr.argv, *LONG, "--out", tmp_path / "run", "--lr", "1e30", "--schedule", "constant", "--grad-clip", 0]
+    assert ranks(2, stopped_by_a_mistake, argv, str(tmp_path / "said")) == [2, 2]
+    for rank in (0, 1):
+        ids = ", ".join(merr.ids[index] for _, index in window(1, 24, 42, 2, 1, rank, 2)[0])
+        said = (tmp_path / f"said{rank}").read_text()
+        assert f"train_llm.py: error: step 1: loss nan, gradient norm nan, lr 1e+30, clips {ids}; " in said
+        assert "Traceback" not in said
+
+
+def test_a_run_folder_in_use_is_locked(merr, fails, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        host = os.uname().nodename
+        (out / ".lock").write_text(json.dumps({"host": host, "pid": other.pid}))
+        assert fails(*merr.argv, "--out", out) == (
+            f"{out} is in use by process {other.pid} on {host}; choose another --out, or delete {out}/.lock if that "
+            "process is gone"
+        )
+        other.kill()
+    argv = [*merr.argv, "--out", out, "--epochs", 1, "--iters-per-epoch", 1]
+    assert train(argv) == 0  # a lock whose process is gone is nobody's
+    assert not (out / ".lock").exists()
+
+
+# ---- resuming with other settings, and stage 2
+
+
+def test_flags_change_a_resumed_run_and_are_listed(merr, run, capsys):
+    argv = [*merr.argv, "--out", run, "--resume", "--epochs", 3, "--lr", "1e-4"]
+    assert train(argv) == 0
+    said = capsys.readouterr().out
+    assert "changed since the run began: optim.lr: 0.005 -> 0.0001\n" in said
+    assert "changed since the run began: epochs: 2 -> 3\n" in said
+    state = checkpoint.read_state(run / "checkpoints" / "last")
+    assert (state["step"], state["epoch"], state["config"]["epochs"], state["config"]["batch_size"]) == (60, 3, 3, 2)
+
+
+def test_stage_2_starts_from_the_weights_of_stage_1(merr, tmp_path, capsys, fails, single):
+    out = tmp_path / "stage2"
+    argv = [*merr.argv, "--annotation-file", "MERR_coarse_grained.txt", "--task-pool", "reason_v2=1", "--epochs", 1,
+            "--iters-per-epoch", 1, "--out", out, "--lr", "1e-9", "--min-lr", "1e-9", "--ckpt"]  # fmt: skip
+    assert train([*argv, single]) == 0
+    folder = (single / "checkpoints" / "last").resolve()
+    assert f"weights of {folder}: 4/4 LoRA tensors, 6/6 projection tensors\n" in capsys.readouterr().out
+    first, second = (load_file(path / "checkpoints/last/model.safetensors") for path in (single, out))
+    assert first.keys() == second.keys()
+    for name, value in first.items():  # one step at a learning rate of next to nothing
+        torch.testing.assert_close(second[name], value, atol=1e-7, rtol=1e-6)
+    assert checkpoint.read_state(out / "checkpoints" / "last")["step"] == 1  # its own count, not stage 1's
+
+    copy = Path(shutil.copytree(single, tmp_path / "stage1", symlinks=True))
+    rewrite(copy, lambda tensors: tensors.pop("projections.cls.weight"))
+    file = (copy / "checkpoints" / "last").resolve() / "model.safetensors"
+    assert fails(*argv, copy, "--overwrite") == (
+        f"{file}: 9/10 tensors match the model; 1 missing: projections.cls.weight"
+    )
+    assert fails(*argv, tmp_path / "none", "--overwrite") == (
+        f"checkpoint {tmp_path}/none: not found (a run folder, its checkpoints/ or one checkpoint folder)"
+    )
+
+
+# ---- the log, the best checkpoint, the control
+
+
+def test_a_run_writes_what_it_promises(merr, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [*merr.argv, "--out", out, "--epochs", 3, "--batch-size", 4, "--accum", 2, "--evaluate", "--eval-every", 1]
+    assert train([*argv, "--save-best", "--metric", "loss", "--keep", 1, "--test"]) == 0
+    said = capsys.readouterr().out
+    assert "valid: 6 clips held out by source video or speaker (seed 42)\n" in said
+    assert "batch 4 x 1 processes x 2 accumulated = 8; 2 steps an epoch, 6 in all; 1,248 parameters train; fp32 on cpu\n" in said
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["valid/loss"] for record in records if "valid/loss" in record}
+    assert list(losses) == [2, 4, 6]
+    best = min(losses, key=losses.get)
+    assert os.readlink(out / "checkpoints" / "best") == f"epoch_{best // 2:03d}"
+    assert os.readlink(out / "checkpoints" / "last") == "epoch_003"
+    kept = {path.name for path in checkpoint.checkpoints(out / "checkpoints")}
+    assert kept == {"epoch_003", f"epoch_{best // 2:03d}"}
+    results = json.loads((out / "results.json").read_text())
+    assert results["best"] == {"metric": "loss", "value": losses[best], "checkpoint": f"epoch_{best // 2:03d}"}
+    assert results["test"]["score"]["clips"] == 9
+    assert (out / "config.yaml").is_file()
+    assert list((out / "tensorboard").glob("events*"))

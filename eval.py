@@ -32,6 +32,7 @@ class Config:
     batch_size: int = opt(8, "clips decoded together", "--batch-size")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     seed: int = opt(42, "seed of sampling", "--seed")
+    llm: str | None = opt(None, "other place of the frozen language model than in training", "--llm")
     data_root: str | None = opt(None, "other place of the data than in training", "--data-root")
     features_root: str | None = opt(None, "other place of the feature stores")
     manifest: str | None = opt(None, "another manifest", "--manifest")
@@ -46,7 +47,7 @@ def main(cfg: Config) -> None:
         raise UserError("--ckpt is needed (a run folder or a checkpoint)")
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
-    predictor = load(cfg.ckpt, str(here.device))
+    predictor = load(cfg.ckpt, str(here.device), llm=cfg.llm)
     say(f"{predictor.folder}: {predictor.coverage}")
     names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
     data_cfg = replace(predictor.data, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})

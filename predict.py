@@ -33,6 +33,7 @@ class Config:
     input: str = opt("", "a media file, a folder of them, or a CSV/JSONL manifest", "--input")
     text: str | None = opt(None, "what the person says, for a single clip", "--text")
     question: str | None = opt(None, "'[reason] …' asks for text; without one the emotion is scored", "--question")
+    llm: str | None = opt(None, "other place of the frozen language model than in training", "--llm")
     out: str | None = opt(None, "also write the answers to this .jsonl file", "--out")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     batch_size: int = opt(8, "clips decoded together", "--batch-size")
@@ -42,8 +43,11 @@ class Config:
 class Predictor:
     """A trained model with everything that turns a raw clip into its prompt."""
 
-    def __init__(self, folder: Path, device: torch.device, decode: DecodeConfig | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
+    ) -> None:
         state = checkpoint.read_state(folder)
+        state["config"]["model"] |= {"llm": llm} if llm else {}
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.mllm, self.tokenizer, self.coverage = mllm.load(folder, state, device, dtype)
         self.folder, self.state = folder, state
@@ -135,9 +139,14 @@ class Predictor:
         return out
 
 
-def load(ckpt: str | Path, device: str = "cpu", decode: DecodeConfig | None = None) -> Predictor:
-    """A Predictor from a run folder (its best, else its last checkpoint) or from one checkpoint."""
-    return Predictor(checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device, decode)
+def load(
+    ckpt: str | Path, device: str = "cpu", decode: DecodeConfig | None = None, llm: str | None = None
+) -> Predictor:
+    """A Predictor from a run folder (its best, else its last checkpoint) or from one checkpoint.
+
+    `llm`: where the frozen language model lies, if it has moved since training.
+    """
+    return Predictor(checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device, decode, llm)
 
 
 def read_input(path: str, text: str | None) -> list[Clip]:
@@ -175,7 +184,7 @@ def main(cfg: Config) -> None:
     if not cfg.ckpt or not cfg.input:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
     clips = read_input(cfg.input, cfg.text)
-    predictor = load(cfg.ckpt, cfg.device, cfg.decode)
+    predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm)
     print(f"{predictor.folder}: {predictor.coverage}")
     bad = 0
     with open(cfg.out, "w", encoding="utf-8") if cfg.out else open("/dev/null", "w") as file:

@@ -278,10 +278,13 @@ def _me() -> dict[str, Any]:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended but that its parent has not asked for does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    with contextlib.suppress(OSError):  # no /proc, or gone by now
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -274,7 +274,7 @@ def read_list(cfg: DataConfig, file: str, say: Callable[[str], None]) -> list[Cl
         _check_labels(clips, cfg.labels)
         return clips
     clips, listing = load_merr(cfg.data_root, file, cfg.image_path, labels=cfg.labels)
-    say(f"{file}: {listing}")
+    say(str(listing))
     return clips
 
 

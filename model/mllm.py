@@ -224,6 +224,6 @@ def load(folder: Path, state: dict[str, Any], device: torch.device, dtype: torch
     """The trained model of a checkpoint folder whose state.json is `state`, in eval mode, with its loading coverage."""
     cfg = from_dict(MllmConfig, state["config"]["model"])
     mllm, tokenizer = build(cfg, dtype, device, folder)
-    if not cfg.full and state["base"] != identity(find_weights(cfg.llm, "language model")):
+    if not cfg.full and state["base"]["files"] != identity(find_weights(cfg.llm, "language model"))["files"]:
         raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
     return mllm.eval(), tokenizer, checkpoint.load_model(mllm, folder)

@@ -113,7 +113,7 @@ def signals():
 
 @pytest.fixture(scope="session")
 def merr(tmp_path_factory):
-    """MERR's files without its videos: 24 clips and 9 unseen ones with features, a toy language model, a config of it all."""
+    """MERR without its videos: 24 clips and 9 unseen ones, their features, a toy language model, a config of it all."""
     from data.features import StoreWriter
     from data.prompts import QUESTIONS, emotion_question
     from model.toy import make_toy_llm
@@ -127,7 +127,8 @@ def merr(tmp_path_factory):
     (root / "MERR_coarse_grained.json").write_text(json.dumps({id: {"caption": text} for id, text in captions.items()}))
     fine = {id: {"smp_reason_caption": f"The voice is low, so the emotion is {label[id]}"} for id in ids}
     (root / "MERR_fine_grained.json").write_text(json.dumps(fine))
-    said = [f"{id},we {'really ' * (i % 3)}leave today" for i, id in enumerate(ids) if i % 7]  # not every clip has words,
+    # not every clip has words or a voice
+    said = [f"{id},we {'really ' * (i % 3)}leave today" for i, id in enumerate(ids) if i % 7]
     (root / "transcription_en_all.csv").write_text("\n".join(["name,sentence", *said, ""]))
 
     (root / "voice").mkdir()
@@ -135,17 +136,18 @@ def merr(tmp_path_factory):
     patches = StoreWriter(root / "patches", {"encoder": "drawn", "image_size": 56, "pooling": "patches", "dim": 3})
     for i, id in enumerate(ids):
         rng = np.random.default_rng(i)
-        if i % 9:  # nor a voice
+        if i % 9:
             np.save(root / "voice" / f"{id}.npy", (centre[label[id]] + 0.1 * rng.normal(size=5)).astype(np.float32))
         patches.add(id, torch.from_numpy(rng.normal(size=(1 + 16, 3)).astype(np.float32)))
     patches.finish()
 
-    head = "[INST] <video> </video> <feature> </feature> The person in video says: we really leave today. [emotion] [reason] [/INST]"
-    make_toy_llm(root / "base", [head, emotion_question(labels), *QUESTIONS["reason"], *captions.values()], hidden=32, layers=1)
+    sentences = [emotion_question(labels), *QUESTIONS["reason"], *captions.values()]
+    sentences += ["[INST] <video> </video> <feature> </feature> The person in video says: we really leave today."]
+    make_toy_llm(root / "base", sentences, hidden=32, layers=1)
     config = {
         "model": {
-            "llm": str(root / "base"), "features": {"voice": 5}, "visual": "patches", "visual_width": 3, "image_size": 56,
-            "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "grad_checkpoint": False,
+            "llm": str(root / "base"), "features": {"voice": 5}, "visual": "patches", "visual_width": 3,
+            "image_size": 56, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "grad_checkpoint": False,
         },
         "data": {"data_root": str(root), "labels": labels, "enable_augmentation": True, "valid_share": 0.25},
         "optim": {"lr": 5e-3, "min_lr": 1e-3, "warmup_steps": 0},

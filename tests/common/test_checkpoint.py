@@ -524,6 +524,19 @@ def test_a_process_of_another_user_counts_as_alive(tmp_path, monkeypatch):
         checkpoint.RunLock(tmp_path)
 
 
+def test_a_process_that_ended_but_is_still_listed_is_gone(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # ended, and left as a zombie
+    try:
+        locked_by(tmp_path, pid)
+        checkpoint.RunLock(tmp_path)
+    finally:
+        os.waitpid(pid, 0)
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_another_machine_is_believed(tmp_path):
     locked_by(tmp_path, dead(), "elsewhere")
     with pytest.raises(UserError, match=r"is in use by process \d+ on elsewhere; choose another --out"):

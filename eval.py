@@ -39,7 +39,7 @@ class Config:
     fold: str | None = opt(None, "another fold of the manifest", "--fold")
     test_file: str | None = opt(None, "another list of clips", "--test-file")
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
-    prompt_layout: str | None = opt(None, "another prompt layout (train, original_eval)")
+    prompt_layout: str | None = opt(None, "another prompt layout", choices=("train", "original_eval"))
 
 
 def main(cfg: Config) -> None:
@@ -51,7 +51,10 @@ def main(cfg: Config) -> None:
     say(f"{predictor.folder}: {predictor.coverage}")
     names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
     data_cfg = replace(predictor.data, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
-    bench = cfg.bench or ("clips" if data_cfg.manifest else "mer2023")
+    if cfg.test_file and not cfg.manifest:
+        data_cfg.manifest = None  # this list, not the training run's manifest
+    six = not data_cfg.manifest and set(BENCHMARKS["mer2023"]) <= set(data_cfg.labels)
+    bench = cfg.bench or ("mer2023" if six else "clips")
     labels = BENCHMARKS[bench] or data_cfg.labels
     features = Features(predictor.mllm.cfg.rows(), predictor.mllm.cfg.visual, data_cfg)
     data = ClipData(load_test(data_cfg, say), features, data_cfg, predictor.tokenizer.encode)

@@ -81,6 +81,8 @@ class Predictor:
     ) -> tuple[Sample, dict[str, str]]:
         """The clip as a prompt, and why each absent stream is absent."""
         values, missing = {}, {}
+        if not (clip.text or "").strip():
+            clip, missing["text"] = replace(clip, text=None), "no transcript given"
         for name in self.made:
             given = (features or {}).get(name)
             try:
@@ -99,10 +101,10 @@ class Predictor:
         for name, value in values.items():
             if tuple(value.shape) != rows[name]:
                 raise UserError(f"{clip.id}: {name} has shape {tuple(value.shape)}, the model expects {rows[name]}")
-        if not values and not clip.text:
+            if not torch.isfinite(value).all():
+                raise UserError(f"{clip.id}: {name} has non-finite values")
+        if not values and clip.text is None:
             raise MediaError(f"{clip.path or clip.id}: nothing to go by ({'; '.join(missing.values())})")
-        if clip.text is None:
-            missing["text"] = "no transcript given"
         task, asked = ("emotion", None) if question is None else parse_tagged(question)
         if not asked:
             listed = task == "emotion" and tuple(self.data.labels) != EMOTIONS9

@@ -96,7 +96,10 @@ class Config:
 def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
+    if cfg.seed < 0:
+        raise UserError(f"--seed: {cfg.seed} is negative")
     if cfg.fast:
+        torch.set_num_threads(1)  # its matrices are too small for more threads to pay
         dist.connect(here)
         cfg = dist.main_first(here, partial(prepare_fast, cfg))
     if cfg.dry_run:
@@ -162,7 +165,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     }  # fmt: skip
     files = checkpoint_files(mllm, tokenizer)
 
+    saved = progress.step if start else -1  # step of the newest checkpoint; every rank knows it without looking
+
     def save(name: str, is_best: bool = False) -> None:
+        nonlocal saved
+        saved = progress.step
         state = facts | vars(progress) | {"epoch": progress.step // iters, "scaler": scaler.state_dict()}
         tensors = optim.state_tensors(mllm, optimizer)
         write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, is_best, cfg.keep)
@@ -227,11 +234,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     # ---- the end, or a stop asked for
     if progress.step < total:
-        newest = checkpoint.newest(out / "checkpoints")
-        if newest is None or checkpoint.read_state(newest)["step"] < progress.step:
+        if saved < progress.step:
             save(f"step_{progress.step:06d}")
         say(f"stopped after step {progress.step} of {total}; go on with the same command and --resume")
     else:
+        stop.release()  # not before a stop has saved: schedulers send SIGTERM more than once
         best = progress.best
         say(f"finished: {out / 'checkpoints'}" + (f", best {best['metric']} {best['value']:.4f}" if best else ""))
         warn_overfit(progress.history, say)

@@ -141,6 +141,11 @@ class Stop:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         self.requested = True
 
+    def release(self) -> None:
+        """Gives SIGTERM and SIGINT back to Python."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     @staticmethod
     def orphaned() -> bool:
         """Whether the torchrun that started this rank is gone; a plain run may outlive its shell."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import dist, metrics
-from common.config import opt
+from common.config import UserError, opt
 from data.clips import ClipData, Sample
 from data.prompts import EMOTIONS6, extract_label
 from model.generate import generate, score_labels
@@ -125,6 +125,8 @@ def evaluate(
     """Scores and records over the clips whose label is in `labels`; the ranks share the work and all get all of it."""
     chosen = [i for i, label in enumerate(data.labels) if label in labels]
     chosen = chosen[:limit] if limit else chosen
+    if not chosen:
+        raise UserError(f"none of the {len(data)} clips has one of the labels {', '.join(labels)}: nothing to score")
     was_training = mllm.training
     mllm.eval()
     samples = [data.sample(i, task=task) for i in chosen[here.rank :: here.world]]

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import io
 import json
 import os
 import pickle
@@ -102,13 +103,21 @@ def ranks_fixture():
     return run_ranks
 
 
+@contextlib.contextmanager
+def handlers():
+    """Puts back the signal handlers that a training run in this process replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def signals():
-    """Puts back the handlers that a training run in this process replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with handlers():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -155,3 +164,42 @@ def merr(tmp_path_factory):
     }  # fmt: skip
     (root / "toy.yaml").write_text(yaml.safe_dump(config))
     return SimpleNamespace(root=root, ids=ids, labels=labels, config=config, argv=["--cfg", str(root / "toy.yaml")])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A model trained for a moment on features of drawn and spoken clips: its run, their folder, what it printed."""
+    import train_llm
+    from common import config
+    from data.features import StoreWriter, encode_clip
+    from data.merr import load_merr
+    from data.mock import make_mock
+    from data.prompts import EMOTIONS6, emotion_question
+    from model.encoders import load
+    from model.toy import make_toy_llm
+
+    root = tmp_path_factory.mktemp("trained")
+    make_mock(root / "mock", 24, 10, seed=0, size=64, odd=0, workers=1)
+    lists = ("MERR_coarse_grained.txt", "relative_test3_NCEV.txt")
+    clips = [clip for file in lists for clip in load_merr(root / "mock", file)[0]]
+    patches = load("framestats", image_size=56)
+    made = {"voice": (load("logmel"), "stats", "middle"), "patches": (patches, "patches", "first")}
+    for name, (encoder, pooling, frame) in made.items():
+        writer = StoreWriter(root / "features" / name, encoder.info(pooling) | {"frame": frame})
+        for clip in clips:
+            writer.add(clip.id, encode_clip(clip, encoder, pooling, frame))
+        writer.finish()
+    sentences = [emotion_question(EMOTIONS6), *(clip.text for clip in clips if clip.text)]
+    make_toy_llm(root / "base", sentences, hidden=32, layers=1)
+    argv = [
+        "--llm", root / "base", "--data-root", root / "mock", "--features-root", root / "features", "--model.features",
+        "voice=504", "--visual", "patches", "--visual-width", 12, "--image-size", 56, "--full", "--normalize",
+        "--labels", ",".join(EMOTIONS6), "--task-pool", "emotion=3,reason=1", "--epochs", 8, "--batch-size", 4,
+        "--lr", 5e-3, "--warmup-steps", 0, "--no-grad-checkpoint", "--device", "cpu", "--num-workers", 0,
+        "--valid-share", 0.3, "--evaluate", "--eval-every", 2, "--save-every", 4, "--save-best", "--test",
+        "--max-new-tokens", 4, "--out", root / "run",
+    ]  # fmt: skip
+
+    with handlers(), contextlib.redirect_stdout(io.StringIO()) as said:
+        train_llm.main(config.load(train_llm.Config, list(map(str, argv))))
+    return SimpleNamespace(run=root / "run", data=root / "mock", said=said.getvalue())

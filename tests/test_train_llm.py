@@ -236,15 +236,28 @@ def test_a_kill_inside_a_save_costs_at_most_that_save(merr, tmp_path, capsys, si
 
 
 def stopped(argv, at, victims):
-    """A run in which the ranks `victims` get SIGTERM during optimiser step `at`; its exit code."""
-    schedule = train_llm.lr_at
+    """A run in which the ranks `victims` get SIGTERM during optimiser step `at`, and again while it is saved.
+
+    Its exit code. Rank 1 is slow to see what is on the disk.
+    """
+    schedule, write, look = train_llm.lr_at, checkpoint.save_file, checkpoint.newest
+    rank = int(os.environ["RANK"])
 
     def lr_at(step, total, cfg):
-        if step == at and int(os.environ["RANK"]) in victims:
+        if step == at and rank in victims:
             os.kill(os.getpid(), signal.SIGTERM)
         return schedule(step, total, cfg)
 
-    train_llm.lr_at = lr_at
+    def save_file(tensors, path):
+        if f"step_{at + 1:06d}" in str(path) and rank in victims:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(tensors, path)
+
+    def newest(root):
+        time.sleep(0.3 * rank)
+        return look(root)
+
+    train_llm.lr_at, checkpoint.save_file, checkpoint.newest = lr_at, save_file, newest
     return train(argv)
 
 

@@ -1,0 +1,293 @@
+"""Clips as samples: splits, features that are missing or broken, prompts, and randomness tied to the clip."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import UserError
+from data.clips import ClipData, DataConfig, Features, load_splits, load_test, make_sample
+from data.features import StoreWriter
+from data.manifest import Clip
+from data.prompts import EMOTIONS9, QUESTIONS
+
+LABELS = ["happy", "sad", "neutral", "angry"]
+ROWS = {"image": (4, 3), "cls": (1, 3), "face": (1, 6), "voice": (1, 5)}
+
+
+def encode(text):
+    """A tokenizer whose ids can be read again."""
+    return list(text.encode())
+
+
+def text_of(sample):
+    return "".join(bytes(piece).decode() if isinstance(piece, list) else f"<{piece}>" for piece in sample.pieces)
+
+
+def silent(_):
+    pass
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Features of clips a to f: all have a picture, f has no voice and e no face."""
+    noise = torch.Generator().manual_seed(0)
+    for name, shape, ids in (("eva", (5, 3), "abcdef"), ("face", (6,), "abcdf"), ("voice", (5,), "abcde")):
+        writer = StoreWriter(tmp_path / name, {"dim": shape[-1], "encoder": name})
+        for id in ids:
+            writer.add(id, torch.randn(shape, generator=noise))
+        writer.finish()
+    return tmp_path
+
+
+CLIPS = [
+    Clip(id, text=None if id == "b" else f"I am {id}", label=LABELS[i % 4], captions={"reason": f"Because of {id}!"})
+    for i, id in enumerate("abcdef")
+]
+
+
+def dataset(root, train=False, seed=0, clips=CLIPS, **settings):
+    cfg = DataConfig(data_root=str(root), labels=LABELS, **settings)
+    return ClipData(clips, Features(ROWS, "eva", cfg), cfg, encode, train, seed)
+
+
+# ---- prompts
+
+
+def test_a_sample_holds_its_streams_in_prompt_order(root):
+    sample = dataset(root).sample(0)
+    question = "Please determine which emotion label in the video represents: happy, sad, neutral, angry."
+    prompt = (
+        "<s>[INST] <video><image></video> <feature><face><voice><cls></feature> "
+        f"The person in video says: I am a.  [emotion] {question}  [/INST]"
+    )
+    assert text_of(sample) == sample.prompt == prompt
+    assert bytes(sample.answer).decode() == "happy</s>"
+    assert (sample.id, sample.label, sample.task, sample.target) == ("a", "happy", "emotion", "happy")
+    assert {name: tuple(value.shape) for name, value in sample.values.items()} == ROWS
+
+
+def test_streams_that_are_missing_leave_no_slot_and_no_sentence(root):
+    data = dataset(root)
+    without = {sample.id: sample for sample in map(data.sample, range(6))}
+    assert "<feature><face><cls></feature>" in without["f"].prompt
+    assert "<feature><voice><cls></feature>" in without["e"].prompt
+    assert "The person in video says" not in without["b"].prompt
+    assert data.coverage() == "face 5/6, voice 5/6, eva 6/6, text 5/6"
+    bare = make_sample(Clip("x"), {}, data.cfg, encode, "reason", "Why?", list(ROWS))
+    assert [piece for piece in bare.pieces if isinstance(piece, str)] == []
+    assert bare.answer == []
+
+
+@pytest.mark.parametrize(
+    ("streams", "slots", "said"),
+    [(["text"], [], True), (["voice"], ["voice"], False), (["image", "cls"], ["image", "cls"], False)],
+)
+def test_some_streams_only(root, streams, slots, said):
+    data = dataset(root)
+    sample = data.only(streams).sample(0)
+    assert [piece for piece in sample.pieces if isinstance(piece, str)] == slots
+    assert ("says: I am a" in sample.prompt) == said
+    assert data.only(streams).only([]).sample(0).prompt == data.sample(0).prompt == dataset(root).sample(0).prompt
+
+
+def test_evaluation_asks_the_first_question(root):
+    data = dataset(root)
+    assert QUESTIONS["reason"][0] in data.sample(0, task="reason").prompt
+    assert data.sample(0, task="reason").target == "because of a"
+    assert "[reason_v2]" in data.sample(0, task="reason_v2").prompt
+    assert data.sample(0, task="reason_v2").answer == []  # the clip has no such caption
+    published = dataset(root)
+    published.cfg.labels = list(EMOTIONS9)
+    assert QUESTIONS["emotion"][0] in published.sample(0).prompt
+    assert "Who is it?" in data.sample(0, question="Who is it?").prompt
+
+
+def test_training_draws_tasks_by_their_weights(root):
+    data = dataset(root, train=True, task_pool={"emotion": 3.0, "reason": 1.0})
+    drawn = [data.sample(i, epoch).task for epoch in range(200) for i in range(6)]
+    assert set(drawn) == {"emotion", "reason"}
+    assert drawn.count("emotion") / len(drawn) == pytest.approx(0.75, abs=0.05)
+    asked = {data.sample(0, epoch, task="reason").prompt.split("[reason] ")[1] for epoch in range(60)}
+    assert len(asked) == len(QUESTIONS["reason"])
+
+
+def test_clips_without_a_target_are_left_out_of_training(root):
+    clips = [Clip("a", label="happy"), Clip("b"), Clip("c", captions={"reason": "so"})]
+    data = dataset(root, train=True, clips=clips, task_pool={"emotion": 1.0})
+    assert ([clip.id for clip in data.clips], data.without_task) == (["a"], 2)
+    assert data.class_counts() == {"happy": 1, "sad": 0, "neutral": 0, "angry": 0}
+    assert len(dataset(root, clips=clips)) == 3
+    with pytest.raises(UserError) as error:
+        dataset(root, train=True, clips=clips[1:], task_pool={"emotion": 1.0, "reason_v2": 1.0})
+    assert str(error.value) == "no clip has a target for the tasks emotion, reason_v2"
+
+
+# ---- randomness
+
+
+def same(one, two):
+    if (one.prompt, one.answer, [*one.values]) != (two.prompt, two.answer, [*two.values]):
+        return False
+    return all(torch.equal(value, two.values[name]) for name, value in one.values.items())
+
+
+def test_a_training_sample_is_a_function_of_seed_pass_and_clip(root):
+    data = dataset(root, train=True, enable_augmentation=True)
+    first = [data.sample(i, 3) for i in range(6)]
+    for generator in (random, np.random, torch):
+        (generator.manual_seed if generator is torch else generator.seed)(99)
+    backwards = [data.sample(i, 3) for i in reversed(range(6))][::-1]
+    assert all(map(same, first, backwards))
+    elsewhere = dataset(root, train=True, enable_augmentation=True, clips=CLIPS[::-1])  # at another place in the list
+    assert all(same(one, elsewhere.sample(5 - i, 3)) for i, one in enumerate(first))
+    assert not all(same(one, data.sample(i, 4)) for i, one in enumerate(first))
+    other = dataset(root, train=True, enable_augmentation=True, seed=1)
+    assert not all(same(one, other.sample(i, 3)) for i, one in enumerate(first))
+
+
+def test_augmentation_adds_a_tenth_of_noise_and_drops_streams(root):
+    data = dataset(root, train=True, enable_augmentation=True, augmentation_prob=0.5)
+    plain = dataset(root).sample(0)
+    ratios, kept, texts = [], [], []
+    for epoch in range(600):
+        sample = data.sample(0, epoch)
+        kept.append(frozenset(sample.values))
+        texts.append("says" in sample.prompt)
+        if "voice" in sample.values and not torch.equal(sample.values["voice"], plain.values["voice"]):
+            ratios.append((sample.values["voice"] - plain.values["voice"]).std() / plain.values["voice"].std())
+    assert float(torch.stack(ratios).square().mean().sqrt()) == pytest.approx(0.1, rel=0.1)
+    assert 0.25 < len(ratios) / 600 < 0.5  # half have noise, where the voice is there at all
+    whole = sum(names == {"image", "cls", "face", "voice"} for names in kept)
+    assert 0.5 < whole / 600 < 0.7
+    assert all(("image" in names) == ("cls" in names) for names in kept)  # one stream
+    assert 0.6 < sum(texts) / 600 < 0.9
+    assert {said for names, said in zip(kept, texts, strict=True) if not names} == {True}  # something is always left
+
+
+def test_evaluation_is_never_augmented(root):
+    data = dataset(root, enable_augmentation=True, augmentation_prob=1.0)
+    assert same(data.sample(0, 1), dataset(root).sample(0, 2))
+
+
+def test_shuffled_labels_are_a_control(root):
+    clips = [Clip(f"{i}", label=LABELS[i % 4]) for i in range(40)]
+    data = dataset(root, train=True, clips=clips, shuffle_labels=True, task_pool={"emotion": 1.0})
+    true = [clip.label for clip in clips]
+    assert sorted(data.labels) == sorted(true)
+    assert 2 < sum(map(str.__eq__, data.labels, true)) < 25
+    assert [data.sample(i).target for i in range(40)] == data.labels
+    assert [data.sample(i).label for i in range(40)] == data.labels
+    assert dataset(root, clips=clips, shuffle_labels=True).labels == true  # evaluation keeps its labels
+
+
+# ---- features
+
+
+def test_features_lie_below_the_data_or_the_features_folder(root, tmp_path):
+    (tmp_path / "features").mkdir()
+    (root / "voice").rename(tmp_path / "features" / "voice")
+    cfg = DataConfig(data_root=str(root), features_root=str(tmp_path / "features"), labels=LABELS)
+    assert Features(ROWS, "eva", cfg)(CLIPS[0]).keys() == ROWS.keys()
+    cfg = replace(cfg, features_root=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError) as error:
+        Features(ROWS, "eva", cfg)
+    assert str(error.value) == (
+        f"features voice not found (looked for {root}/voice and {tmp_path}/nowhere/voice); "
+        "extract.py makes them from media"
+    )
+
+
+def test_statistics_are_those_of_the_rows(root):
+    features = dataset(root).features
+    found = features.statistics(CLIPS)
+    values = [features(clip) for clip in CLIPS]
+    rows = {name: torch.cat([value[name] for value in values if name in value]).double() for name in ROWS}
+    assert {name: len(value) for name, value in rows.items()} == {"image": 24, "cls": 6, "face": 5, "voice": 5}
+    for name, value in rows.items():
+        mean, std = found[name]
+        torch.testing.assert_close(mean.double(), value.mean(0), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(std.double(), value.std(0, correction=0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_broken_picture_counts_as_absent(root, tmp_path):
+    (root / "eva").rename(tmp_path / "old")
+    writer = StoreWriter(root / "eva", {"dim": 3, "encoder": "eva"})
+    for id, value in (("a", torch.full((5, 3), torch.nan)), ("b", torch.zeros(4, 3)), ("c", torch.zeros(5, 3))):
+        writer.add(id, value)
+    writer.finish()
+    features = dataset(root).features
+    assert [set(features(clip)) for clip in CLIPS[:3]] == [{"face", "voice"}] * 2 + [set(ROWS)]
+    assert features.broken == {
+        ("eva", "a"): "eva: id 'a' has non-finite values",
+        ("eva", "b"): "eva: id 'b' has shape (4, 3), the model expects (5, 3)",
+    }
+
+
+def test_how_the_features_were_made_is_kept(root):
+    assert dataset(root).features.describe() == {
+        name: {"dim": width, "encoder": name} for name, width in (("face", 6), ("voice", 5), ("eva", 3))
+    }
+
+
+# ---- splits
+
+
+def manifest(path, rows, header="id,label,split,speaker,fold"):
+    path.write_text("\n".join([header, *rows, ""]))
+    return str(path)
+
+
+def ids(clips):
+    return "".join(clip.id for clip in clips)
+
+
+def test_a_manifest_names_its_splits(tmp_path):
+    rows = ["a,happy,train,s1,1", "b,sad,valid,s2,1", "c,sad,test,s3,1", "d,angry,,s4,2", "e,happy,dev,s5,2"]
+    cfg = DataConfig(manifest=manifest(tmp_path / "m.csv", rows), labels=LABELS)
+    splits = load_splits(cfg, 0, True, silent)
+    assert (ids(splits["train"]), ids(splits["valid"]), ids(load_test(cfg, silent))) == ("ad", "be", "c")
+    cfg.fold = "2"  # its clips are the test, whatever their split
+    splits = load_splits(cfg, 0, False, silent)
+    assert (ids(splits["train"]), ids(splits["valid"]), ids(load_test(cfg, silent))) == ("a", "b", "cde")
+    cfg = DataConfig(manifest=manifest(tmp_path / "m.csv", rows[:2]), labels=LABELS)
+    with pytest.raises(UserError) as error:
+        load_test(cfg, silent)
+    assert str(error.value) == f"{tmp_path}/m.csv: no test clips (a split column with 'test', or --fold)"
+
+
+def test_a_hold_out_takes_whole_speakers(tmp_path):
+    rows = [f"{i:02},happy,,s{i // 5},1" for i in range(50)]
+    cfg, said = DataConfig(manifest=manifest(tmp_path / "m.csv", rows), labels=LABELS, valid_share=0.2), []
+    splits = load_splits(cfg, 3, True, said.append)
+    speakers = [{clip.speaker for clip in clips} for clips in splits.values()]
+    assert not speakers[0] & speakers[1]
+    assert [len(clips) for clips in splits.values()] == [40, 10]
+    assert said == ["valid: 10 clips held out by source video or speaker (seed 3)"]
+    assert ids(load_splits(cfg, 4, True, silent)["valid"]) != ids(splits["valid"])
+    assert len(load_splits(cfg, 3, False, silent)["train"]) == 50
+
+
+def test_a_speaker_in_train_and_valid_is_a_leak(tmp_path):
+    rows = ["a,happy,train,anna,1", "b,sad,valid,anna,1", "c,sad,train,bob,1"]
+    cfg = DataConfig(manifest=manifest(tmp_path / "m.csv", rows), labels=LABELS)
+    with pytest.raises(UserError) as error:
+        load_splits(cfg, 0, True, silent)
+    assert str(error.value) == "1 groups are in both train and valid, such as 'anna'"
+
+
+def test_a_list_of_validation_clips(merr):
+    said = []
+    listed = merr.root / "dev.txt"
+    listed.write_text("unseen_00000024 12 happy\nunseen_00000025 12 sad\n")
+    cfg = DataConfig(data_root=str(merr.root), labels=merr.labels, valid_file="dev.txt")
+    splits = load_splits(cfg, 0, False, said.append)
+    assert [len(clips) for clips in splits.values()] == [24, 2]
+    assert [clip.label for clip in load_test(cfg, silent)[:4]] == merr.labels
+    assert said == [f"{merr.root}/MERR_coarse_grained.txt: 24 listed (the published list has 28,618), 24 used",
+                    f"{listed}: 2 listed, 2 used"]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        load_test(replace(cfg, test_file=None), silent)
+    assert str(error.value) == "--test-file is not set"

@@ -1,0 +1,175 @@
+"""predict.py: the answers of eval.py from the raw clips, and a bad file among good ones."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import predict
+from common import config
+from common.config import UserError
+from data.features import FeatureStore
+from data.manifest import Clip
+from data.merr import load_merr
+from data.prompts import EMOTIONS6
+
+KEYS = ["id", "available_modalities", "missing", "emotion", "confidence", "probabilities"]
+
+
+def run(*argv):
+    predict.main(config.load(predict.Config, list(map(str, argv))))
+
+
+@pytest.fixture(scope="module")
+def predictor(trained):
+    return predict.load(trained.run)
+
+
+@pytest.fixture(scope="module")
+def clips(trained):
+    return load_merr(trained.data, "relative_test3_NCEV.txt")[0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """Clip id -> eval.py's record."""
+    out = tmp_path_factory.mktemp("eval")
+    evaluation.main(config.load(evaluation.Config, ["--ckpt", str(trained.run), "--out", str(out)]))
+    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return {record["id"]: record for record in records}
+
+
+def test_a_raw_clip_gets_the_answer_of_the_evaluation(predictor, clips, evaluated):
+    assert len({record["prediction"] for record in evaluated.values()}) > 1
+    for clip in clips:
+        result, expected = predictor(clip.path, text=clip.text), evaluated[clip.id]
+        assert list(result) == KEYS
+        assert result["emotion"] == expected["prediction"]
+        assert result["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
+        assert list(result["probabilities"]) == list(EMOTIONS6)
+        assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert result["confidence"] == max(result["probabilities"].values())
+        assert (result["available_modalities"], result["missing"]) == (["voice", "patches", "text"], {})
+
+
+def test_features_instead_of_media(trained, predictor, clips, evaluated):
+    stores = {name: FeatureStore(trained.run.parent / "features" / name) for name in ("voice", "patches")}
+    for clip in clips[:3]:
+        values = {name: store[clip.id] for name, store in stores.items()}
+        values["voice"] = values["voice"].numpy().tolist()
+        result = predictor(features=values, text=clip.text)
+        assert result["probabilities"] == pytest.approx(evaluated[clip.id]["probabilities"], abs=1e-5)
+    with pytest.raises(UserError) as error:
+        predictor(features={"voice": np.zeros(7)}, text="hello")
+    assert str(error.value) == "clip: voice has shape (1, 7), the model expects (1, 504)"
+    with pytest.raises(UserError) as error:
+        predictor(features={"voice": np.full(504, np.nan)}, text="hello")
+    assert str(error.value) == "clip: voice has non-finite values"
+
+
+def test_what_is_not_given_is_missing(predictor, clips):
+    result = predictor(text="I am so happy about it.")
+    assert result["available_modalities"] == ["text"]
+    assert result["missing"] == {"voice": "voice: no audio given", "patches": "patches: no video given"}
+    assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+    result = predictor(audio=clips[0].path)
+    assert result["available_modalities"] == ["voice"]
+    assert result["missing"] == {"patches": "patches: no video given", "text": "no transcript given"}
+    assert predictor(video=clips[0].path)["available_modalities"] == ["patches"]
+    for text in ("", "  "):  # nothing said is no transcript
+        assert predictor(clips[0].path, text=text)["available_modalities"] == ["voice", "patches"]
+    with pytest.raises(predict.MediaError) as error:
+        predictor()
+    assert str(error.value) == (
+        "clip: nothing to go by (no transcript given; voice: no audio given; patches: no video given)"
+    )
+
+
+def test_a_question_of_ones_own(predictor, clips):
+    predictor.decode.max_new_tokens = 5
+    result = predictor(clips[0].path, question="[reason] Why?")
+    assert list(result) == ["id", "available_modalities", "missing", "answer", "emotion"]
+    sample, _ = predictor.sample(Clip("a", clips[0].path), "[reason] Why?")
+    assert sample.prompt.endswith("</feature>  [reason] Why?  [/INST]")
+    assert "probabilities" in predictor(clips[0].path, question="[emotion]")
+    assert predictor.sample(Clip("a", clips[0].path), "[emotion]")[0].prompt == (
+        predictor.sample(Clip("a", clips[0].path), None)[0].prompt
+    )
+
+
+def test_a_folder_with_one_broken_file(trained, predictor, clips, tmp_path, capsys):
+    folder = tmp_path / "clips"
+    (folder / "more").mkdir(parents=True)
+    for clip, name in zip(clips, ("a.mp4", "c.mp4", "more/a.mp4"), strict=False):
+        shutil.copy(clip.path, folder / name)
+    (folder / "b.mp4").write_bytes(b"not a film")
+    (folder / "notes.txt").write_text("not a clip")
+    run("--ckpt", trained.run, "--input", folder, "--batch-size", 2, "--out", tmp_path / "answers.jsonl")
+    results = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [result["id"] for result in results] == ["a.mp4", "b.mp4", "c.mp4", "more/a.mp4"]
+    good = [result for result in results if result["id"] != "b.mp4"]
+    for result, clip in zip(good, clips, strict=False):
+        assert result["probabilities"] == pytest.approx(predictor(clip.path)["probabilities"], abs=1e-5)
+    broken = results[1]["error"]
+    assert list(results[1]) == ["id", "error"]
+    assert str(folder / "b.mp4") in broken
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == f"b.mp4: skipped: {broken}"
+    emotion, confidence = results[0]["emotion"], results[0]["confidence"]
+    assert said[1].startswith(f"a.mp4: {emotion}  [{emotion} {confidence:.2f}, ")
+    assert said[1].endswith("]  (without text)")
+    assert said[-1] == "1 of 4 clips could not be read"
+
+
+def test_a_manifest(trained, clips, evaluated, tmp_path, capsys):
+    rows = [f'{clip.id},{clip.path},"{clip.text}"' for clip in clips[:3]]
+    (tmp_path / "clips.csv").write_text("\n".join(["id,path,text", *rows, "gone,gone.mp4,", ""]))
+    run("--ckpt", trained.run, "--input", tmp_path / "clips.csv", "--out", tmp_path / "answers.jsonl")
+    results = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [result.get("emotion") for result in results[:3]] == [evaluated[clip.id]["prediction"] for clip in clips[:3]]
+    assert list(results[3]) == ["id", "error"]
+    assert str(tmp_path / "gone.mp4") in results[3]["error"]
+
+
+def test_one_file_and_its_words(trained, clips, evaluated, capsys):
+    run("--ckpt", trained.run / "checkpoints" / "best", "--input", clips[0].path, "--text", clips[0].text)
+    expected = evaluated[clips[0].id]["prediction"]
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{clips[0].id}: {expected}  [{expected} ")
+
+
+def test_mistakes(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    for argv, line in (
+        ([], "--ckpt is needed (see --help)"),
+        (["--ckpt", trained.run], "--input is needed (see --help)"),
+        (["--ckpt", trained.run, "--input", tmp_path / "x.mp4"],
+         f"--input '{tmp_path}/x.mp4': not found (a media file, a folder or a .csv/.jsonl manifest)"),
+        (["--ckpt", trained.run, "--input", tmp_path / "x.csv"], f"{tmp_path}/x.csv not found"),
+        (["--ckpt", trained.run, "--input", tmp_path / "empty"],
+         f"--input {tmp_path}/empty: no media files ({', '.join(sorted(predict.MEDIA))})"),
+        (["--ckpt", tmp_path / "none", "--input", trained.data / "video"],
+         f"checkpoint {tmp_path}/none: not found (a run folder, its checkpoints/ or one checkpoint folder)"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            config.run(predict.Config, predict.main)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"predict.py: error: {line}\n"
+
+
+def test_features_of_another_tool_must_be_given(merr, tmp_path, signals):
+    import train_llm
+
+    out = tmp_path / "run"
+    argv = [*merr.argv, "--out", out, "--epochs", 1, "--iters-per-epoch", 1]
+    train_llm.main(config.load(train_llm.Config, list(map(str, argv))))
+    predictor = predict.load(out)
+    result = predictor(features={"voice": np.ones(5), "patches": torch.ones(17, 3)})
+    assert result["available_modalities"] == ["voice", "patches"]
+    assert list(result["probabilities"]) == merr.labels
+    result = predictor(clip="film.mp4", text="we leave")
+    assert result["missing"]["voice"] == "voice: made by another tool; pass its values as features"

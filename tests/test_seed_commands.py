@@ -1,0 +1,304 @@
+"""Emotion-LLaMA's two training guides: every YAML block and command of theirs works here, under our names."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import eval as evaluation
+import extract
+import predict
+import train_llm
+from common import config
+from common.options import options
+
+ROOT = Path(train_llm.__file__).parent
+SCRIPTS = {"train_llm": train_llm, "eval": evaluation, "predict": predict, "extract": extract}
+
+STAGE1 = """
+model:
+  arch: minigpt_v2
+  llama_model: "/path/to/checkpoints/Llama-2-7b-chat-hf"
+  ckpt: "/path/to/checkpoints/minigptv2_checkpoint.pth"
+  lora_r: 64
+  lora_alpha: 16
+datasets:
+  feature_face_caption:
+    batch_size: 1
+run:
+  lr_sched: "linear_warmup_cosine_lr"
+  init_lr: 1e-5
+  min_lr: 1e-6
+  warmup_lr: 1e-6
+  weight_decay: 0.05
+  max_epoch: 30
+  num_workers: 6
+  iters_per_epoch: 1000
+  warmup_steps: 1000
+  seed: 42
+  amp: True
+"""
+STAGE2 = """
+model:
+  arch: minigpt_v2
+  llama_model: "/path/to/checkpoints/Llama-2-7b-chat-hf"
+  ckpt: "/path/to/stage1/checkpoint_29.pth"
+  use_grad_checkpoint: True
+  chat_template: True
+  lora_r: 64
+  lora_alpha: 16
+datasets:
+  feature_face_caption:
+    batch_size: 1
+run:
+  task: image_text_pretrain
+  lr_sched: "linear_warmup_cosine_lr"
+  init_lr: 1e-6
+  min_lr: 1e-6
+  warmup_lr: 1e-6
+  weight_decay: 0.05
+  max_epoch: 30
+  num_workers: 6
+  iters_per_epoch: 1000
+  warmup_steps: 1000
+  seed: 42
+  amp: True
+"""
+RECIPE = {
+    "model.llm": "/path/to/checkpoints/Llama-2-7b-chat-hf", "model.lora_r": 64, "model.lora_alpha": 16,
+    "batch_size": 1, "optim.schedule": "linear_warmup_cosine", "optim.min_lr": 1e-6, "optim.warmup_lr": 1e-6,
+    "optim.weight_decay": 0.05, "epochs": 30, "num_workers": 6, "iters_per_epoch": 1000, "optim.warmup_steps": 1000,
+    "seed": 42, "precision": "bf16", "model.grad_checkpoint": True, "data.chat_template": True,
+}  # fmt: skip
+OF_STAGE1 = {"optim.lr": 1e-5, "ckpt": "/path/to/checkpoints/minigptv2_checkpoint.pth"}
+OF_STAGE2 = {"optim.lr": 1e-6, "ckpt": "/path/to/stage1/checkpoint_29.pth"}
+VIDEOS = "/path/to/datasets/Emotion/MER2023/video"
+LAST = "/path/to/Emotion-LLaMA/checkpoints/save_checkpoint/2024xxxx-v1/checkpoint_29.pth"
+DEMO = "/path/to/Emotion-LLaMA/checkpoints/save_checkpoint/Emotion_LLaMA.pth"
+EMER = """
+llama_model: "/path/to/checkpoints/Llama-2-7b-chat-hf"
+ckpt: "/path/to/save_checkpoint/2024xxxx-v2/checkpoint_29.pth"
+"""
+BLOCKS = [
+    (f"image_path: {VIDEOS}", {"data.image_path": VIDEOS}),
+    ("annotation_file: MERR_coarse_grained.txt", {"data.annotation_file": "MERR_coarse_grained.txt"}),
+    (STAGE1, RECIPE | OF_STAGE1),
+    ("amp: True", {"precision": "bf16"}),
+    ("use_grad_checkpoint: True", {"model.grad_checkpoint": True}),
+    ("image_size: 224", {"model.image_size": 224}),
+    ('resume_ckpt_path: "checkpoints/save_checkpoint/checkpoint_15.pth"',
+     {"resume": "checkpoints/save_checkpoint/checkpoint_15.pth"}),
+    ("run:\n  evaluate: true\n  eval_epoch_interval: 5", {"evaluate": True, "eval_every": 5}),
+    (f'ckpt: "{LAST}"', {"ckpt": LAST}),
+    (f'ckpt: "{DEMO}"', {"ckpt": DEMO}),
+    ("annotation_file: MERR_fine_grained.txt", {"data.annotation_file": "MERR_fine_grained.txt"}),
+    (STAGE2, RECIPE | OF_STAGE2),
+    ("# Stage 1: init_lr: 1e-5\n# Stage 2: init_lr: 1e-6", {}),
+    ("batch_size: 1", {"batch_size": 1}),
+    ("enable_augmentation: true\naugmentation_prob: 0.5",
+     {"data.enable_augmentation": True, "data.augmentation_prob": 0.5}),
+    ("weight_decay: 0.05\ndropout: 0.1", {"optim.weight_decay": 0.05, "model.lora_dropout": 0.1}),
+    (EMER, {"model.llm": RECIPE["model.llm"], "ckpt": "/path/to/save_checkpoint/2024xxxx-v2/checkpoint_29.pth"}),
+    ('run:\n  save_best: true\n  metric: "clue_overlap"', {"save_best": True, "metric": "clue_overlap"}),
+]  # fmt: skip
+FLAGS = {
+    "train_llm": """
+        model.llm --llm, model.tokenizer --tokenizer, model.lora_r --lora-r, model.lora_alpha --lora-alpha,
+        model.lora_dropout --lora-dropout --dropout, model.lora_targets, model.full --full, model.features,
+        model.normalize, model.visual, model.visual_width, model.image_size --image-size, model.merge,
+        model.max_txt_len, model.max_len, model.grad_checkpoint --grad-checkpoint,
+        data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
+        data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,
+        data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.prompt_layout,
+        data.chat_template, data.streams, data.enable_augmentation, data.augmentation_prob, data.shuffle_labels,
+        data.max_bad,
+        optim.lr --lr, optim.min_lr --min-lr, optim.warmup_lr --warmup-lr, optim.warmup_steps --warmup-steps,
+        optim.schedule --schedule, optim.weight_decay --weight-decay, optim.beta2, optim.grad_clip --grad-clip,
+        decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams,
+        decode.temperature --temperature, decode.top_p --top-p, decode.repetition_penalty,
+        ckpt --ckpt, out --out, epochs --epochs, iters_per_epoch --iters-per-epoch, batch_size --batch-size,
+        accum --accum, precision --precision, device --device, seed --seed, num_workers --num-workers,
+        log_every --log-every, evaluate --evaluate, eval_every --eval-every, eval_batch_size --eval-batch-size,
+        eval_limit, save_every --save-every, save_steps --save-steps, save_best --save-best, metric --metric,
+        keep --keep, test --test, resume --resume, overwrite --overwrite, fast --fast, dry_run --dry-run""",
+    "eval": """
+        ckpt --ckpt, bench --bench, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
+        decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
+        decode.repetition_penalty, out --out, limit --limit, batch_size --batch-size, device --device, seed --seed,
+        llm --llm, data_root --data-root, features_root, manifest --manifest, fold --fold, test_file --test-file,
+        streams --streams, prompt_layout""",
+    "predict": """
+        ckpt --ckpt, input --input, text --text, question --question, llm --llm, out --out, device --device,
+        batch_size --batch-size, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
+        decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
+        decode.repetition_penalty""",
+    "extract": """
+        encoder, pooling, manifest, data_root, annotation_file, image_path, out, frame, image_size, num_workers,
+        max_bad, resume, overwrite""",
+}  # fmt: skip
+
+
+def load(*argv, script=train_llm):
+    return config.load(script.Config, list(map(str, argv)))
+
+
+def values(cfg):
+    """{dotted path: value} of a config."""
+    return {option.path: option.default for option in options(cfg)}
+
+
+@pytest.fixture
+def as_file(tmp_path):
+    """A YAML text saved as a file."""
+
+    def save(text):
+        path = tmp_path / "block.yaml"
+        path.write_text(text)
+        return path
+
+    return save
+
+
+# ---- configuration
+
+
+@pytest.mark.parametrize(("text", "expected"), BLOCKS)
+def test_a_yaml_block_of_the_guides_loads_and_sets_nothing_else(as_file, text, expected):
+    assert values(load("--cfg-path", as_file(text))) == values(train_llm.Config()) | expected
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "path"),
+    [
+        ("model", "lora_r", 32, "model.lora_r"),
+        ("model", "lora_alpha", 8, "model.lora_alpha"),
+        ("model", "use_grad_checkpoint", False, "model.grad_checkpoint"),
+        ("model", "chat_template", False, "data.chat_template"),
+        ("datasets", "batch_size", 2, "batch_size"),
+        ("run", "init_lr", 1e-4, "optim.lr"),
+        ("run", "lr_sched", "constant", "optim.schedule"),
+        ("run", "min_lr", 2e-6, "optim.min_lr"),
+        ("run", "warmup_lr", 2e-6, "optim.warmup_lr"),
+        ("run", "weight_decay", 0.1, "optim.weight_decay"),
+        ("run", "max_epoch", 20, "epochs"),
+        ("run", "num_workers", 2, "num_workers"),
+        ("run", "iters_per_epoch", 5000, "iters_per_epoch"),
+        ("run", "warmup_steps", 500, "optim.warmup_steps"),
+        ("run", "seed", 17, "seed"),
+        ("run", "amp", False, "precision"),
+    ],
+)
+def test_a_key_of_the_recipes_does_what_it_says(as_file, section, key, value, path):
+    """Most published values are our defaults: here each key gets another one."""
+    tree = yaml.safe_load(STAGE2)
+    part = tree["datasets"]["feature_face_caption"] if section == "datasets" else tree[section]
+    assert part[key] != value
+    part[key] = value
+    expected = {"amp": "fp32"}.get(key, value)
+    assert values(load("--cfg-path", as_file(yaml.safe_dump(tree)))) == values(train_llm.Config()) | (
+        RECIPE | OF_STAGE2 | {path: expected}
+    )
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ("emotion,reason", {"emotion": 1.0, "reason": 1.0}),
+        ("reason_v2", {"reason_v2": 1.0}),
+        ("reason=0.3,reason_v2=0.7", {"reason": 0.3, "reason_v2": 0.7}),
+    ],
+)
+def test_task_pools_of_the_guides(pool, expected):
+    assert load("--task-pool", pool).data.task_pool == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "own", "more"),
+    [
+        ("stage1", STAGE1, {"ckpt": None}, {
+            "data.annotation_file": "MERR_coarse_grained.txt", "data.task_pool": {"emotion": 1.0, "reason": 1.0},
+            "metric": "weighted_f1",
+        }),
+        ("stage2", STAGE2, {"ckpt": "out/stage1/checkpoints/last"}, {
+            "data.annotation_file": "MERR_fine_grained.txt", "data.task_pool": {"reason_v2": 1.0},
+            "metric": "clue_overlap",
+        }),
+    ],
+)  # fmt: skip
+def test_our_stage_recipes_are_the_guides(as_file, stage, text, own, more):
+    recipe = values(load("--cfg-path", ROOT / "configs" / f"{stage}.yaml"))
+    guide = values(load("--cfg", as_file(text))) | {"model.llm": "meta-llama/Llama-2-7b-chat-hf"} | own | more
+    assert recipe == guide | {"evaluate": True, "eval_every": 5, "save_best": True}
+
+
+def test_every_config_loads_and_names_no_place_of_one_machine():
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert {"stage1.yaml", "stage2.yaml"} <= {file.name for file in files}
+    for file in files:
+        load("--cfg", file)
+        assert not [word for word in ("/home", "/mnt", "/tmp", "/work") if word in file.read_text()], file
+
+
+def test_the_evaluation_block_loads_into_the_script_that_took_its_place(as_file):
+    cfg = load("--cfg-path", as_file(EMER), script=evaluation)
+    assert (cfg.llm, cfg.ckpt) == (RECIPE["model.llm"], "/path/to/save_checkpoint/2024xxxx-v2/checkpoint_29.pth")
+
+
+# ---- command lines
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_flags_of_a_script(name):
+    found = sorted(" ".join([option.path, *option.flags]) for option in options(SCRIPTS[name].Config()))
+    assert found == sorted(" ".join(entry.split()) for entry in FLAGS[name].split(","))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_exits_0_and_names_every_field(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        config.run(SCRIPTS[name].Config, SCRIPTS[name].main)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {name}.py ")
+    words = set(shown.replace(",", " ").split())
+    for option in options(SCRIPTS[name].Config()):
+        assert {f"--{option.path.replace('_', '-')}", *option.flags} <= words
+        assert option.help in shown
+
+
+# ---- both stages
+
+
+def test_stage_1_then_stage_2(merr, tmp_path, signals, capsys):
+    """The recipes with other paths and sizes, on 24 clips; a stage 2 that does not move ends where stage 1 did."""
+    fine = tmp_path / "MERR_fine_grained.txt"
+    fine.write_text((merr.root / "MERR_coarse_grained.txt").read_text())
+    toy = [
+        "--data-root", merr.root, "--llm", merr.root / "base", "--model.features", "voice=5",
+        "--model.visual", "patches", "--visual-width", 3, "--image-size", 56, "--valid-share", 0.25,
+        "--device", "cpu", "--num-workers", 0, "--iters-per-epoch", 2, "--warmup-steps", 1, "--log-every", 1,
+        "--eval-every", 1, "--max-new-tokens", 4,
+    ]  # fmt: skip
+    still = ["--lr", 0, "--min-lr", 0, "--warmup-lr", 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_llm.main(load("--cfg-path", ROOT / "configs/stage1.yaml", *toy, "--epochs", 2, "--out", one))
+    fine_tune = ["--annotation-file", fine, "--ckpt", one / "checkpoints/last", "--epochs", 1, "--out", two]
+    train_llm.main(load("--cfg-path", ROOT / "configs/stage2.yaml", *toy, *still, *fine_tune))
+
+    said = capsys.readouterr().out
+    assert f"weights of {one}/checkpoints/epoch_002: 4/4 LoRA tensors, 6/6 projection tensors" in said
+    first, last, after = (load_file(folder / "model.safetensors") for folder in (
+        one / "checkpoints/epoch_001", one / "checkpoints/epoch_002", two / "checkpoints/epoch_001"))  # fmt: skip
+    assert not all(torch.equal(first[name], last[name]) for name in last)
+    assert all(torch.equal(after[name], last[name]) for name in last)
+    for run, metric in ((one, "weighted_f1"), (two, "clue_overlap")):
+        records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        scores = [record[f"valid/{metric}"] for record in records if f"valid/{metric}" in record]
+        best = json.loads((run / "results.json").read_text())["best"]
+        assert (best["metric"], best["value"]) == (metric, max(scores))
+    assert yaml.safe_load((two / "config.yaml").read_text())["data"]["task_pool"] == {"reason_v2": 1.0}

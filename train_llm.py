@@ -112,10 +112,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    splits, features, _ = together(
+    splits, features, _, previous = together(
         lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
         lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data),
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
+        lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
     )
     features.scan(splits["train"], cfg.data.max_bad, say)
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
@@ -139,9 +140,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
                 say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
     elif cfg.ckpt and cfg.ckpt.endswith(".pth"):
         say(f"weights of {cfg.ckpt}: {load_published(mllm, cfg.ckpt)}")
-    elif cfg.ckpt:
-        folder = checkpoint.resolve(cfg.ckpt, prefer="best")
-        say(f"weights of {folder}: {checkpoint.load_model(mllm, folder)}")
+    elif previous is not None:
+        say(f"weights of {previous}: {checkpoint.load_model(mllm, previous)}")
 
     dist.connect(here)
     lock = dist.main_first(here, partial(open_run, cfg, out, start))

@@ -245,7 +245,7 @@ class ClipData:
         """Each with augmentation_prob: noise of a tenth of a feature's deviation; only some streams are kept."""
         if rng.random() < self.cfg.augmentation_prob:
             noise = torch.Generator().manual_seed(rng.getrandbits(63))
-            values = {name: v + 0.1 * v.std() * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+            values = {name: v + 0.1 * v.std(correction=0) * torch.randn(v.shape, generator=noise) for name, v in values.items()}
         streams = sorted({_stream(name) for name in values} | ({"text"} if clip.text else set()))
         if len(streams) > 1 and rng.random() < self.cfg.augmentation_prob:
             kept = rng.sample(streams, rng.randint(1, len(streams) - 1))
@@ -288,6 +288,7 @@ def load_splits(cfg: DataConfig, seed: int, held_out: bool, say: Callable[[str],
     """train and valid clips (valid is empty unless given or `held_out`); UserError when valid is a known test set."""
     if cfg.valid_file and Path(cfg.valid_file).name in KNOWN_TESTS:
         raise UserError(f"--valid-file {cfg.valid_file}: that is a published test set; choose on other clips")
+    everything: list[Clip] = []
     if cfg.manifest:
         everything = read_list(cfg, cfg.manifest, say)
         train = [c for c in everything if (c.split or "train") == "train" and not _is_test(c, cfg)]
@@ -299,6 +300,8 @@ def load_splits(cfg: DataConfig, seed: int, held_out: bool, say: Callable[[str],
     elif held_out and not valid and cfg.valid_share > 0:
         train, valid = split_by_group(train, cfg.valid_share, seed)
         say(f"valid: {len(valid)} clips held out by source video or speaker (seed {seed})")
+    if cfg.manifest and (shared := leak_check(train, [clip for clip in everything if _is_test(clip, cfg)])):
+        say(f"leak: {len(shared)} groups are in both train and test, such as {shared[0]!r}")
     if shared := leak_check(train, valid):
         raise UserError(f"{len(shared)} groups are in both train and valid, such as {shared[0]!r}")
     return {"train": train, "valid": valid}

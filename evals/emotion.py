@@ -86,7 +86,7 @@ def _generate(
     generator = torch.Generator(prompts[0].device).manual_seed(seed) if cfg.temperature > 0 else None
     ids = generate(
         mllm.llm, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
-        repetition_penalty=cfg.repetition_penalty, generator=generator,
+        repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.eos_id, generator=generator,
     )  # fmt: skip
     answers = [tokenizer.decode(row).strip() for row in ids]
     return [{"prediction": extract_label(text, labels, cfg.extract), "answer": text} for text in answers]

@@ -83,9 +83,8 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
     values = {name: torch.empty(rows, device="meta") for name, rows in cfg.rows().items()}
     question = pick_question(task)
     sample = make_sample(clip, values, data, encode, task, question, list(values), process_answer(raw or ""))
-    slots = {name: rows // (cfg.merge if name == "image" else 1) for name, (rows, _) in cfg.rows().items()}
     text = sum(len(piece) for piece in sample.pieces if isinstance(piece, list))
-    embedded = sum(slots[piece] for piece in sample.pieces if isinstance(piece, str))
+    embedded = sum(cfg.places(piece) for piece in sample.pieces if isinstance(piece, str))
     say(f"tokens a sample: {embedded} embedded + {text} prompt text + {len(sample.answer)} answer = "
         f"{embedded + text + len(sample.answer)}{counted}")  # fmt: skip
     say(f"sample: {source}, task {task}")

@@ -200,7 +200,8 @@ class Llama(nn.Module):
         self.grad_checkpoint = False  # recompute each layer in the backward pass
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(_init)
+        if self.lm_head.weight.device.type != "meta":  # shapes only; the weights come from a file
+            self.apply(_init)
         self._tie()
 
     def _tie(self) -> None:

@@ -34,11 +34,14 @@ class MllmConfig:
     features: dict[str, int] = opt(
         {"mae_340_UTT": 1024, "maeV_399_UTT": 1024, "HL-UTT": 1024}, "utterance features in prompt order: name=width"
     )
+    feature_tokens: int = opt(1, "tokens that each utterance feature becomes")
+    feature_dropout: float = opt(0.0, "dropout on the features themselves")
     normalize: bool = opt(False, "standardise features by train-split statistics kept in the checkpoint")
     visual: str | None = opt("eva_vit_g", "store of visual tokens (a CLS row, then patches); none: no picture")
     visual_width: int = opt(1408, "width of a visual token")
     image_size: int = opt(448, "side of the picture in pixels, one visual token per 14 x 14", "--image-size")
     merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
+    end_sym: str = opt("</s>", "the special token that ends an answer")
     max_txt_len: int = opt(1024, "longest answer in tokens")
     max_len: int = opt(3800, "longest sequence; cut on the right")
     grad_checkpoint: bool = opt(True, "recompute a layer's activations in the backward pass", "--grad-checkpoint")
@@ -51,6 +54,12 @@ class MllmConfig:
         """Slot -> (rows, width) of its raw value; "image" and "cls" come from the same visual tokens."""
         visual = {"image": (self.patches, self.visual_width), "cls": (1, self.visual_width)} if self.visual else {}
         return visual | {name: (1, width) for name, width in self.features.items()}
+
+    def places(self, slot: str) -> int:
+        """Positions that a slot takes in the sequence."""
+        if slot == "image":
+            return self.patches // self.merge
+        return 1 if slot == "cls" else self.feature_tokens
 
 
 class Sample(Protocol):
@@ -98,7 +107,7 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
             if isinstance(piece, list):
                 input_ids += piece
                 continue
-            rows = cfg.rows()[piece][0] // (cfg.merge if piece == "image" else 1)
+            rows = cfg.places(piece)
             places.setdefault(piece, []).extend(range(len(input_ids), len(input_ids) + rows))
             values.setdefault(piece, []).append(sample.values[piece])
             input_ids += [0] * rows
@@ -120,25 +129,38 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
 
 
 class Projection(nn.Linear):
-    """Raw rows of a slot -> language model width, `merge` neighbours at a time; optionally standardised first."""
+    """Raw rows of a slot -> language model width, `merge` neighbours at a time, `tokens` for each.
+
+    With `normalize` a row is first standardised and divided by the root of its width: of length 1 on average, so that
+    one learning rate suits rows of any width.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int, hidden: int, merge: int = 1, normalize: bool = False) -> None:
-        super().__init__(width * merge, hidden)
-        self.merge = merge
-        self.normalize = normalize
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        merge: int = 1,
+        tokens: int = 1,
+        normalize: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(width * merge, hidden * tokens)
+        self.hidden, self.normalize = hidden, normalize
+        self.dropout = nn.Dropout(dropout)
         if normalize:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.ones(width))
 
     def forward(self, value: Tensor) -> Tensor:
-        """(m, rows, width) -> (m * rows / merge, hidden), computed in float32."""
+        """(m, rows, width) -> (m * rows / merge * tokens, hidden), computed in float32."""
         value = value.float()
         if self.normalize:
-            value = (value - self.mean) / self.std
-        return super().forward(value.reshape(-1, self.in_features))  # 4 raster patches: a 1 x 4 strip of the picture
+            value = (value - self.mean) / (self.std * value.shape[-1] ** 0.5)
+        value = self.dropout(value).reshape(-1, self.in_features)  # 4 raster patches: a 1 x 4 strip of the picture
+        return super().forward(value).view(-1, self.hidden)
 
 
 class Mllm(nn.Module):
@@ -155,12 +177,11 @@ class Mllm(nn.Module):
         if not cfg.full:
             add_lora(llm, cfg.lora_targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
         llm.grad_checkpoint = cfg.grad_checkpoint
-        self.projections = nn.ModuleDict(
-            {
-                name: Projection(width, llm.config.hidden_size, cfg.merge if name == "image" else 1, cfg.normalize)
-                for name, (_, width) in cfg.rows().items()
-            }
-        )
+        hidden = llm.config.hidden_size
+        self.projections = nn.ModuleDict()
+        for name, (_, width) in cfg.rows().items():
+            merge, tokens = (cfg.merge, 1) if name == "image" else (1, cfg.places(name))
+            self.projections[name] = Projection(width, hidden, merge, tokens, cfg.normalize, cfg.feature_dropout)
 
     def embed(self, batch: Batch) -> Tensor:
         """(1, T, D) embeddings: token embeddings, with every slot's places taken by its projection."""
@@ -214,9 +235,9 @@ def build(
     else:
         llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device))
     if folder is not None and (folder / "tokenizer.model").is_file():
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, cfg.end_sym)
     else:
-        tokenizer = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"))
+        tokenizer = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"), cfg.end_sym)
     return Mllm(cfg, llm).to(device), tokenizer
 
 

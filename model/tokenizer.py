@@ -13,9 +13,13 @@ PAD = "$$"  # the piece Emotion-LLaMA pads with
 
 
 class Tokenizer:
-    """Text to ids and back, from a tokenizer.model or the folder that holds it."""
+    """Text to ids and back, from a tokenizer.model or the folder that holds it.
 
-    def __init__(self, path: str | os.PathLike):
+    `end` is the piece that ends an answer, for models that were trained to stop at another than </s> (llama2.c's stop
+    at <s>); a literal </s> in text stands for it.
+    """
+
+    def __init__(self, path: str | os.PathLike, end: str = "</s>"):
         self.path = Path(path, "tokenizer.model") if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
             raise UserError(f"tokenizer: {self.path} not found")
@@ -30,6 +34,9 @@ class Tokenizer:
         self.vocab_size: int = self.pieces.vocab_size()
         ids = (i for i in (self.unk_id, self.bos_id, self.eos_id) if i >= 0)
         self.specials = {self.pieces.id_to_piece(i): i for i in ids}
+        if end not in self.specials:
+            raise UserError(f"end_sym {end!r} is not one of {', '.join(self.specials)}")
+        self.eos_id = self.specials["</s>"] = self.specials[end]
         self._split = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
     def encode(self, text: str) -> list[int]:

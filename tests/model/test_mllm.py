@@ -82,19 +82,34 @@ def test_answers_are_cut_and_prompts_are_not():
 def test_projection_is_a_linear_of_four_patches(normalize):
     torch.manual_seed(0)
     layer, value = Projection(3, 16, merge=4, normalize=normalize), torch.randn(2, 16, 3) * 5 + 1
-    mean, std = torch.zeros(3), torch.ones(3)
+    mean, scale = torch.zeros(3), torch.ones(3)
     if normalize:
         mean, std = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([5.0, 4.0, 0.5])
         layer.mean.copy_(mean)
         layer.std.copy_(std)
+        scale = std.double() * 3**0.5  # a standardised row of width 3 has length 3 ** 0.5
     weight, bias = layer.weight.double(), layer.bias.double()
     rows = []
-    for picture in ((value.double() - mean) / std).detach():
+    for picture in (value.double() - mean) / scale:
         for first in range(0, 16, 4):
             strip = torch.cat([picture[first + i] for i in range(4)])  # (4 * 3,)
             rows.append(weight @ strip + bias)
     torch.testing.assert_close(layer(value).double(), torch.stack(rows), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer(value.bfloat16()), layer(value.bfloat16().float()))  # fp32 inside
+
+
+def test_a_feature_may_become_several_tokens():
+    cfg = replace(SMALL, feature_tokens=2)
+    torch.manual_seed(0)
+    model = Mllm(cfg, Llama(SHAPE))
+    batch = pack([POOR, FULL], cfg, answers=False)
+    places = {name: at.tolist() for name, (at, _) in batch.slots.items()}
+    assert places == {"voice": [4, 5, 17, 18], "image": [10, 11, 12, 13], "face": [15, 16], "cls": [19]}
+    assert batch.lengths == [7, 15]
+    linear, embedded = model.projections["voice"], model.embed(batch)[0]
+    for at, each in ((4, POOR), (17, FULL)):
+        both = linear.weight @ each.values["voice"][0] + linear.bias  # (2 * 16,): one token after the other
+        torch.testing.assert_close(embedded[at : at + 2].flatten(), both)
 
 
 def test_slots_take_the_places_of_their_projections(model):

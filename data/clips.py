@@ -245,7 +245,8 @@ class ClipData:
         """Each with augmentation_prob: noise of a tenth of a feature's deviation; only some streams are kept."""
         if rng.random() < self.cfg.augmentation_prob:
             noise = torch.Generator().manual_seed(rng.getrandbits(63))
-            values = {name: v + 0.1 * v.std(correction=0) * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+            tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
+            values = {name: v + tenth[name] * torch.randn(v.shape, generator=noise) for name, v in values.items()}
         streams = sorted({_stream(name) for name in values} | ({"text"} if clip.text else set()))
         if len(streams) > 1 and rng.random() < self.cfg.augmentation_prob:
             kept = rng.sample(streams, rng.randint(1, len(streams) - 1))

@@ -66,6 +66,7 @@ FIXED: dict[str, Any] = {
     "arch": "minigpt_v2",
     "model_type": "pretrain",
     "task": "image_text_pretrain",
+    "end_sym": "</s>",
     "distributed": True,
     "dist_url": "env://",
     "train_splits": ["train"],

@@ -191,9 +191,10 @@ class Mllm(nn.Module):
         self.projections = nn.ModuleDict()
         for name, (_, width) in cfg.rows().items():
             merge, tokens = (cfg.merge, 1) if name == "image" else (1, cfg.places(name))
-            self.projections[name] = Projection(width, hidden, merge, tokens, cfg.normalize, cfg.feature_dropout)
+            projection = Projection(width, hidden, merge, tokens, cfg.normalize, cfg.feature_dropout)
             if cfg.normalize:
-                self.projections[name].start_at(llm.model.embed_tokens.weight[llm.config.bos_token_id or 0])
+                projection.start_at(llm.model.embed_tokens.weight[llm.config.bos_token_id or 0])
+            self.projections[name] = projection
 
     def embed(self, batch: Batch) -> Tensor:
         """(1, T, D) embeddings: token embeddings, with every slot's places taken by its projection."""

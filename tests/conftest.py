@@ -194,9 +194,9 @@ def trained(tmp_path_factory):
     argv = [
         "--llm", root / "base", "--data-root", root / "mock", "--features-root", root / "features", "--model.features",
         "voice=504", "--visual", "patches", "--visual-width", 12, "--image-size", 56, "--full", "--normalize",
-        "--labels", ",".join(EMOTIONS6), "--task-pool", "emotion=3,reason=1", "--epochs", 8, "--batch-size", 4,
+        "--labels", ",".join(EMOTIONS6), "--task-pool", "emotion=3,reason=1", "--epochs", 24, "--batch-size", 4,
         "--lr", 5e-3, "--warmup-steps", 0, "--no-grad-checkpoint", "--device", "cpu", "--num-workers", 0,
-        "--valid-share", 0.3, "--evaluate", "--eval-every", 2, "--save-every", 4, "--save-best", "--test",
+        "--valid-share", 0.3, "--evaluate", "--eval-every", 6, "--save-every", 12, "--save-best", "--test",
         "--max-new-tokens", 4, "--out", root / "run",
     ]  # fmt: skip
 

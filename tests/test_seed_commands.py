@@ -109,7 +109,8 @@ FLAGS = {
     "train_llm": """
         model.llm --llm, model.tokenizer --tokenizer, model.lora_r --lora-r, model.lora_alpha --lora-alpha,
         model.lora_dropout --lora-dropout --dropout, model.lora_targets, model.full --full, model.features,
-        model.feature_tokens, model.feature_dropout, model.end_sym, model.normalize, model.visual, model.visual_width, model.image_size --image-size, model.merge,
+        model.feature_tokens, model.feature_dropout, model.end_sym, model.normalize,
+        model.visual, model.visual_width, model.image_size --image-size, model.merge,
         model.max_txt_len, model.max_len, model.grad_checkpoint --grad-checkpoint,
         data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,

@@ -112,11 +112,12 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    splits, features, _, previous = together(
+    splits, features, _, previous, tested = together(
         lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
         lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data),
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
+        lambda: load_test(cfg.data, say) if cfg.test else [],  # a missing list must not end a run after its training
     )
     features.scan(splits["train"], cfg.data.max_bad, say)
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
@@ -243,9 +244,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         say(f"finished: {out / 'checkpoints'}" + (f", best {best['metric']} {best['value']:.4f}" if best else ""))
         warn_overfit(progress.history, say)
         results = facts | vars(progress) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        if cfg.test:
+        if tested:
             checkpoint.load_model(mllm, out / "checkpoints" / ("best" if best else "last"))
-            test = ClipData(load_test(cfg.data, say), features, cfg.data, tokenizer.encode)
+            test = ClipData(tested, features, cfg.data, tokenizer.encode)
             results["test"] = final_test(cfg, mllm, tokenizer, test, here, say)
         if here.main:
             (out / "results.json").write_text(json.dumps(results, indent=1))

@@ -39,7 +39,7 @@ class Store:
         return id in self._rows
 
     def __getitem__(self, id: str) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # each layout reads its own files
 
     def check(self, ids: Iterable[str] | None = None) -> None:
         """Raise UserError at the first clip with a NaN or infinite value; reading by id does not look for them."""

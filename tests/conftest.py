@@ -78,6 +78,7 @@ def run_ranks(n, fn, *args, timeout=60.0):
 
 def answer(receiver, rank, processes):
     try:
+        # from our own forked child
         fine, value = pickle.loads(receiver.recv_bytes())
     except EOFError:
         processes[rank].join(5)

@@ -104,7 +104,7 @@ def test_a_question_of_ones_own(predictor, clips):
 def test_a_folder_with_one_broken_file(trained, predictor, clips, tmp_path, capsys):
     folder = tmp_path / "clips"
     (folder / "more").mkdir(parents=True)
-    for clip, name in zip(clips, ("a.mp4", "c.mp4", "more/a.mp4"), strict=False):
+    for clip, name in zip(clips[:3], ("a.mp4", "c.mp4", "more/a.mp4"), strict=True):
         shutil.copy(clip.path, folder / name)
     (folder / "b.mp4").write_bytes(b"not a film")
     (folder / "notes.txt").write_text("not a clip")
@@ -112,7 +112,7 @@ def test_a_folder_with_one_broken_file(trained, predictor, clips, tmp_path, caps
     results = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [result["id"] for result in results] == ["a.mp4", "b.mp4", "c.mp4", "more/a.mp4"]
     good = [result for result in results if result["id"] != "b.mp4"]
-    for result, clip in zip(good, clips, strict=False):
+    for result, clip in zip(good, clips[:3], strict=True):
         assert result["probabilities"] == pytest.approx(predictor(clip.path)["probabilities"], abs=1e-5)
     broken = results[1]["error"]
     assert list(results[1]) == ["id", "error"]

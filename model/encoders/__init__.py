@@ -36,7 +36,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Any, pooling: str) -> Tensor:
         """The pooled features of one clip, which has no batch dimension."""
-        raise NotImplementedError
+        raise NotImplementedError  # what a clip's input looks like differs by modality
 
     def info(self, pooling: str) -> dict[str, Any]:
         """How features are made, for the index of their store: enough to load() this encoder again."""

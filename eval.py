@@ -12,6 +12,7 @@ from common import config, dist, metrics
 from common.config import UserError, opt
 from common.log import confusion_png
 from data.clips import ClipData, Features, load_test
+from data.prompts import LAYOUTS
 from evals import emotion
 from evals.emotion import BENCHMARKS, DecodeConfig
 from predict import load
@@ -39,7 +40,7 @@ class Config:
     fold: str | None = opt(None, "another fold of the manifest", "--fold")
     test_file: str | None = opt(None, "another list of clips", "--test-file")
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
-    prompt_layout: str | None = opt(None, "another prompt layout", choices=("train", "original_eval"))
+    prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
 
 
 def main(cfg: Config) -> None:

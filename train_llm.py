@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import checkpoint, config, dist, metrics, optim
 from common.config import UserError, opt
 from common.log import Logger, confusion_image
 from common.optim import OptimConfig, lr_at
+from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig, Features, load_splits, load_test
 from data.features import StoreWriter, encode_clip
@@ -104,7 +104,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         cfg = dist.main_first(here, partial(prepare_fast, cfg))
     if cfg.dry_run:
         return dry_run(cfg, say)
-    cfg, start = resume_or_start(cfg, say)
+    cfg, start = resume_or_start(cfg, "llm", say)
     out = Path(cfg.out)
     precision = cfg.precision if here.device.type == "cuda" else "fp32"  # bf16 is slower than fp32 on most CPUs
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -173,7 +173,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         saved = progress.step
         state = facts | vars(progress) | {"epoch": progress.step // iters, "scaler": scaler.state_dict()}
         tensors = optim.state_tensors(mllm, optimizer)
-        write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, is_best, cfg.keep)
+        links = ("last", "best") if is_best else ("last",)
+        write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, links, cfg.keep)
         dist.main_first(here, lambda: write() and None)
 
     # ---- training: one pass of this loop is one optimiser step
@@ -383,50 +384,6 @@ def prepare_fast(cfg: Config) -> Config:
         out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed
     )
     return cfg
-
-
-def resume_or_start(cfg: Config, say: Callable[[str], None]) -> tuple[Config, Path | None]:
-    """The run's config and the checkpoint it goes on from, None for a fresh start."""
-    name = Path(config.source(cfg) or "llm").stem
-    out = Path(cfg.out or f"out/{name}")
-    start = None
-    if cfg.resume and cfg.resume != "last":
-        if not Path(cfg.resume).exists():
-            raise UserError(f"--resume {cfg.resume}: not found (first run: leave --resume out)")
-        start = checkpoint.resolve(cfg.resume)
-        out = Path(cfg.out) if cfg.out else start.parent.parent
-    elif cfg.resume:
-        start = checkpoint.newest(out / "checkpoints")
-        if start is None and config.flagged(cfg, "ckpt"):
-            start = checkpoint.resolve(cfg.ckpt)
-        if start is None:
-            say(f"--resume: {out} holds no checkpoint yet, starting fresh")
-    elif checkpoint.newest(out / "checkpoints") and not cfg.overwrite:
-        raise UserError(
-            f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out DIR starts elsewhere"
-        )
-    if start is not None:
-        cfg, changes = config.resume(cfg, checkpoint.read_state(start)["config"])
-        for change in changes:
-            say(f"changed since the run began: {change}")
-    cfg.out = str(out)
-    return cfg, start
-
-
-def open_run(cfg: Config, out: Path, start: Path | None) -> checkpoint.RunLock:
-    """Takes the run folder: locks it, clears what a killed save left, sets aside what is later than `start`."""
-    lock = checkpoint.RunLock(out)
-    if cfg.overwrite and start is None:
-        for old in ("checkpoints", "tensorboard", "eval"):
-            shutil.rmtree(out / old, ignore_errors=True)
-        (out / "log.jsonl").unlink(missing_ok=True)
-    root = out / "checkpoints"
-    root.mkdir(exist_ok=True)
-    checkpoint.clean(root)
-    if start is not None and start.parent == root.resolve():
-        checkpoint.rewind(root, checkpoint.read_state(start))
-    (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
-    return lock
 
 
 def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:

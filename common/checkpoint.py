@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def save(
     optimizer: dict[str, torch.Tensor],
     state: dict[str, Any],
     extra: dict[str, bytes],
-    best: bool,
+    links: Sequence[str] = ("last",),
     keep: int = 0,
 ) -> Path:
-    """Writes root/name with `extra` small files, points `last` (and `best`) at it, deletes all but the newest `keep`.
+    """Writes root/name with `extra` small files, points the `links` at it, deletes all but the newest `keep`.
 
     The folder is filled under a temporary name, synced and renamed; links are replaced in one call. An error (a full
     disk) leaves earlier checkpoints as they were. Another checkpoint of the same name moves to root/superseded/.
@@ -59,9 +59,8 @@ def save(
             if final.exists():  # the epochs of a resumed run got another length
                 _set_aside(final)
             temporary.rename(final)
-        _link(root / "last", name)
-        if best:
-            _link(root / "best", name)
+        for link in links:
+            _link(root / link, name)
         _sync(root)
     except (OSError, SafetensorError) as error:
         clean(root)
@@ -124,8 +123,11 @@ def _set_aside(path: Path) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Whole checkpoints in root under any name but the links', oldest step first."""
-    names = [path for path in root.glob("*") if not path.name.startswith(".") and path.name not in LINKS]
+    """Whole checkpoints in root under any name, oldest step first.
+
+    Not the links, nor best_*: those hold weights only, of several epochs where several seeds train.
+    """
+    names = [path for path in root.glob("*") if not path.name.startswith((".", "best_")) and path.name not in LINKS]
     found = [path for path in names if (path / STATE).is_file() and not path.is_symlink()]
     return sorted(found, key=lambda path: (read_state(path)["step"], path.name))
 

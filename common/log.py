@@ -36,14 +36,19 @@ class Logger:
         record = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         numbers = {name: value for name, value in record.items() if not isinstance(value, str)}
         self.say("  ".join([f"step {step:>7}", *(f"{name} {_number(value):<9}" for name, value in numbers.items())]))
+        self.record(step, **record)
+
+    def record(self, step: int, **record: Any) -> None:
+        """The same without a line on the terminal."""
         if self.path:
             # JSON has no NaN and no infinity
             strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **strict}, ensure_ascii=False) + "\n")
         if writer := self._events():
-            for name, value in numbers.items():
-                writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+            for name, value in record.items():
+                if not isinstance(value, str):
+                    writer.add_scalar(name if "/" in name or name[0].isupper() else f"train/{name}", value, step)
 
     def say(self, text: str) -> None:
         """Print a plain line, above the progress bar when one is open."""
@@ -62,6 +67,16 @@ class Logger:
             writer.add_image(name, picture, step)
         else:
             writer.add_figure(name, picture, step)
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """The distribution of a tensor to TensorBoard."""
+        if writer := self._events():
+            writer.add_histogram(name, values, step)
+
+    def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
+        """Settings beside their final scores to TensorBoard's table of runs."""
+        if writer := self._events():
+            writer.add_hparams(settings, scores, run_name=".")
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text to TensorBoard."""
@@ -111,6 +126,23 @@ def confusion_image(matrix: Sequence[Sequence[int]], labels: Sequence[str], titl
     canvas = FigureCanvasAgg(_confusion(matrix, labels, title))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()  # (H, W, 4) -> (3, H, W)
+
+
+def curves_png(history: Sequence[dict[str, float]], path: str | Path) -> None:
+    """Loss, accuracy and F1 of training and validation by epoch, from records with the keys Train/Loss, Val/F1, ..."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    epochs = [point["epoch"] for point in history]
+    for axes, name in zip(figure.subplots(1, 3), ("Loss", "Accuracy", "F1"), strict=True):
+        for side, colour in (("Train", "#8aa4bf"), ("Val", "#c2410c")):
+            axes.plot(epochs, [point[f"{side}/{name}"] for point in history], color=colour, label=side, marker=".")
+        axes.set_title(name, loc="left")
+        axes.set_xlabel("epoch")
+        axes.grid(color="#d5dde5", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def _confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], title: str) -> "Figure":

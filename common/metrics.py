@@ -85,6 +85,39 @@ def sentiment(y_true: Values, y_pred: Values) -> dict[str, float]:
     }
 
 
+def emotions(y_true: ArrayLike, y_pred: ArrayLike, names: Sequence[str]) -> dict[str, Any]:
+    """The CMU-MOSEI scores of presence (N, E): wa, the mean of recall and specificity, and weighted F1 an emotion.
+
+    An emotion that is never, or always, present takes the one of the two that exists as its wa.
+    """
+    y, p = np.asarray(y_true, dtype=bool), np.asarray(y_pred, dtype=bool)
+    if not len(y):
+        raise UserError("nothing to score: no samples")
+    each: dict[str, dict[str, float]] = {}
+    for i, name in enumerate(names):
+        rates = [float((p[y[:, i] == side, i] == side).mean()) for side in (True, False) if (y[:, i] == side).any()]
+        each[name] = {"wa": sum(rates) / len(rates), "weighted_f1": _two_class(y[:, i], p[:, i])[1]}
+    mean = {key: float(np.mean([scores[key] for scores in each.values()])) for key in ("wa", "weighted_f1")}
+    return {**mean, "accuracy": float((y == p).mean()), "per_emotion": each}
+
+
+def kappa(confusion: ArrayLike) -> float:
+    """Quadratic-weighted kappa of a confusion matrix of ordered classes; 0 when all is chance or one class."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    n, k = counts.sum(), len(counts)
+    gap = (np.arange(k)[:, None] - np.arange(k)) ** 2
+    expected = (gap * np.outer(counts.sum(1), counts.sum(0))).sum() / n
+    return float(1 - (gap * counts).sum() / expected) if expected else 0.0
+
+
+def calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error: |confidence - accuracy| over bins of equal width, weighted by their share."""
+    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    gaps = np.abs(np.bincount(place, right - sure, minlength=bins))
+    return float(gaps.sum() / len(sure))
+
+
 def clue_overlap(reference: str, answer: str) -> float:
     """0 to 10: ten times the F1 of the words of four letters and more that two descriptions share.
 

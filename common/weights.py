@@ -89,8 +89,8 @@ def _open(file: Path):
         raise UserError(f"{file}: not a readable safetensors file ({error})") from None
 
 
-def read_tensors(file: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors or torch file, of its `model` entry if it is a training checkpoint."""
+def read_tensors(file: str | os.PathLike, entry: str = "model") -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors or torch file, of its `entry` if it is a training checkpoint."""
     file = Path(file)
     if file.suffix == ".safetensors":
         shard = _open(file)
@@ -99,7 +99,7 @@ def read_tensors(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
-    return {name: tensor for name, tensor in state.get("model", state).items() if torch.is_tensor(tensor)}
+    return {name: tensor for name, tensor in state.get(entry, state).items() if torch.is_tensor(tensor)}
 
 
 def load_strict(

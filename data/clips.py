@@ -36,7 +36,7 @@ class DataConfig:
     features_root: str = opt("features", "where feature stores are looked for, after data_root")
     task_pool: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "tasks and their weights", "--task-pool")
     labels: list[str] = opt(list(prompts.EMOTIONS9), "emotion labels, in the order the question names them")
-    prompt_layout: str = opt("train", "token order of the prompt", choices=("train", "original_eval"))
+    prompt_layout: str = opt("train", "token order of the prompt", choices=prompts.LAYOUTS)
     chat_template: bool = opt(True, "wrap the instruction in [INST] [/INST]")
     streams: list[str] = opt([], "use only these (text, image, cls, feature names); empty: all")
     enable_augmentation: bool = opt(False, "while training: noise on features, streams left out")

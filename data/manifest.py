@@ -18,7 +18,15 @@ from common.config import UserError
 TEXTS = ("text", "label", "split", "fold", "speaker", "dialogue", "group", "box")
 SECONDS = ("start", "end")
 CAPTIONS = ("reason", "reason_v2")  # the two captioning tasks; a `caption` column is the target of both
-COLUMNS = ("id", "path", *TEXTS, *SECONDS, "frame", "caption", *CAPTIONS)
+EMOTIONS: tuple[str, ...] = (
+    "happy",
+    "sad",
+    "anger",
+    "surprise",
+    "disgust",
+    "fear",
+)  # strengths, as CMU-MOSEI orders them
+COLUMNS = ("id", "path", *TEXTS, *SECONDS, "frame", "caption", *CAPTIONS, *EMOTIONS)
 
 
 @dataclass
@@ -39,6 +47,7 @@ class Clip:
     end: float | None = None
     box: str | None = None
     frame: int | None = None  # index of the peak frame
+    emotions: dict[str, float] = field(default_factory=dict)  # one of EMOTIONS -> strength, 0 to 3 in CMU-MOSEI
     where: str = ""  # "file:line", for messages
 
 
@@ -156,7 +165,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 
 def _with_nearest(name: str) -> str:
-    match = nearest(name.lower(), COLUMNS)
+    match = nearest(name.lower(), COLUMNS[: -len(EMOTIONS)])  # short words, near to many
     return f"{name} (nearest: {match})" if match else name
 
 
@@ -196,6 +205,7 @@ def _clip(row: dict, folder: Path, where: str) -> Clip:
         raise UserError(f"{where}: frame {frame:g} is not a whole number")
     caption = _text(row.get("caption"), "caption", where)
     captions = {task: _text(row.get(task), task, where) or caption for task in CAPTIONS}
+    strengths = {name: _number(row.get(name), name, where) for name in EMOTIONS}
     return Clip(
         id,
         str(folder / media) if media else None,
@@ -204,6 +214,7 @@ def _clip(row: dict, folder: Path, where: str) -> Clip:
         start=start,
         end=end,
         frame=None if frame is None else int(frame),
+        emotions={name: strength for name, strength in strengths.items() if strength is not None},
         where=where,
     )
 
@@ -234,4 +245,4 @@ def _row(clip: Clip, folder: Path) -> dict:
     root = Path(os.path.abspath(folder))
     if media and media.is_relative_to(root):
         media = media.relative_to(root)
-    return vars(clip) | clip.captions | {"path": media}
+    return vars(clip) | clip.captions | clip.emotions | {"path": media}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from common.config import UserError
 
+LAYOUTS = ("train", "original_eval", "question_first")
 EMOTIONS9 = ("happy", "sad", "neutral", "angry", "worried", "surprise", "fear", "contempt", "doubt")
 EMOTIONS6 = EMOTIONS9[:6]  # the labels of MER2023 and MER2024
 DFEW7 = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
@@ -83,7 +84,8 @@ def segments(
     """The prompt as texts, each tokenised on its own, and slots; `text` is what the person says.
 
     "train" is the layout the released model was trained with; "original_eval" is the one its published scores were
-    measured with: two BOS, all embeddings inside <video>, the literal <FeatureHere>.
+    measured with: two BOS, all embeddings inside <video>, the literal <FeatureHere>. "question_first" ends with the
+    embeddings: without a chat template the answer starts on the last of them, which spares a small model the search.
     """
     head, tail = ("[INST] ", " [/INST]") if chat_template else ("", "")
     said = "" if text is None else f"The person in video says: {text}. "
@@ -92,9 +94,11 @@ def segments(
     features = [*map(Slot, slots), *([Slot("cls")] if cls else [])]
     if layout == "original_eval":
         pieces = [f"<s><s>{head}<video>", *visual, *features, f"</video> <feature><FeatureHere>{rest}"]
+    elif layout == "question_first":
+        pieces = ["<s>", f"{head}{said}[{task}] {question} <video>", *visual, "</video> <feature>", *features, tail]
     else:
         pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, rest]
-    return _join_texts(pieces)
+    return _join_texts([piece for piece in pieces if piece])
 
 
 def process_answer(text: str, max_words: int = 200) -> str:

@@ -113,7 +113,7 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
          "checkpoint folder)"),
         (["--ckpt", trained.run, "--bench", "mer2022"], "--bench: 'mer2022' is not one of mer2023, clips"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
-         "--prompt-layout: 'trian' is not one of train, original_eval"),
+         "--prompt-layout: 'trian' is not one of train, original_eval, question_first"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],
          f"annotation_file 'x.txt' not found (looked for {trained.data}/x.txt and x.txt)"),
     ):  # fmt: skip

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from common.config import UserError, opt, run
 from common.metrics import classification, majority
+from common.probe import fit
 from data.features import open_features
 from data.manifest import read_manifest
 
@@ -21,26 +21,6 @@ class Config:
     manifest: str = opt("datasets/ravdess/manifest.csv", "manifest with label and fold columns", "--manifest")
     fold: str = opt("1", "the fold that is tested; all others train", "--fold")
     c: float = opt(0.03, "inverse strength of the L2 penalty; the default was chosen on RAVDESS fold 4 alone", "--c")
-
-
-def fit(x: Tensor, y: Tensor, classes: int, c: float) -> tuple[Tensor, Tensor]:
-    """Weight (classes, D) and bias that minimise c * (sum of cross entropies) + |weight|^2 / 2."""
-    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-12, history_size=20,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        entropy = F.cross_entropy(x @ weight.T + bias, y, reduction="sum")
-        value = (entropy + weight.square().sum() / (2 * c)) / len(x)
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return weight.detach(), bias.detach()
 
 
 def probe(x: Tensor, y: Tensor, test: Tensor, classes: int, c: float) -> Tensor:

@@ -43,7 +43,16 @@ def save(root, name, step, best=False, keep=0, **state):
     nn.init.constant_(module.projections["face"].weight, float(step))
     nn.init.constant_(module.projections["face"].bias, float(step))
     optimizer = {"exp_avg.head": torch.full((3, 2), float(step)).t()}
-    return checkpoint.save(root, name, module, optimizer, {"step": step, **state}, {"tokenizer": b"abc"}, best, keep)
+    return checkpoint.save(
+        root,
+        name,
+        module,
+        optimizer,
+        {"step": step, **state},
+        {"tokenizer": b"abc"},
+        ("last", "best") if best else ("last",),
+        keep,
+    )
 
 
 def step_of(folder):
@@ -101,7 +110,7 @@ def test_loading_is_bit_exact_and_reports_coverage(root):
     source, target = Net(0.0), Net(7.0)
     nn.init.normal_(source.lora_A)
     nn.init.normal_(source.head)
-    folder = checkpoint.save(root, "epoch_001", source, {}, {"step": 1}, {}, best=False)
+    folder = checkpoint.save(root, "epoch_001", source, {}, {"step": 1}, {})
     line = checkpoint.load_model(target, folder)
     assert line == "1/1 LoRA tensors, 2/2 projection tensors, 2/2 other tensors"
     for name in TENSORS:

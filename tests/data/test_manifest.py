@@ -70,6 +70,15 @@ def test_written_manifest_reads_back(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["m.csv"]
 
 
+def test_emotions_read_back_and_are_strengths(tmp_path):
+    clips = [Clip("a", emotions={"happy": 2.0, "fear": 1 / 3}), Clip("b", emotions={"happy": 0.0}), Clip("c")]
+    write_manifest(tmp_path / "m.csv", clips)
+    assert (tmp_path / "m.csv").read_text().splitlines()[0] == "id,happy,fear"  # only the columns in use
+    assert [clip.emotions for clip in read_manifest(tmp_path / "m.csv")] == [clip.emotions for clip in clips]
+    assert message(manifest(tmp_path, "id,sad\na,-1\n")) == "m.csv:2: sad -1 must be finite and not negative"
+    assert message(manifest(tmp_path, "id,sad\na,nan\n")) == "m.csv:2: sad nan must be finite and not negative"
+
+
 def test_relative_paths_survive_a_move(tmp_path):
     write_manifest(tmp_path / "one/m.csv", [Clip("a", str(tmp_path / "one/a.wav"))])
     (tmp_path / "one").rename(tmp_path / "two")

@@ -74,6 +74,21 @@ def test_original_eval_layout_is_the_published_one():
     assert f"{before}<VideoHere>{after}" == "<s><s>" + PUBLISHED  # <FeatureHere> stays a text
 
 
+def test_question_first_layout_ends_with_the_embeddings():
+    given = {"image": False, "cls": False, "layout": "question_first"}
+    assert segments("emotion", "What is it?", None, ["voice"], chat_template=False, **given) == [
+        "<s>",
+        "[emotion] What is it? <video></video> <feature>",
+        Slot("voice"),
+    ]
+    parts = segments("emotion", "What is it?", "Hi", ["voice"], **given)
+    assert parts[1:] == [
+        "[INST] The person in video says: Hi. [emotion] What is it? <video></video> <feature>",
+        Slot("voice"),
+        " [/INST]",
+    ]
+
+
 def test_absent_parts():
     assert segments("reason", "Why?", None, ["hubert"], image=False, cls=False) == [
         "<s>",

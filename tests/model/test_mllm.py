@@ -202,7 +202,7 @@ def test_a_checkpoint_gives_the_model_back(merr, tmp_path, full):
     model.eval().set_statistics({"voice": (torch.ones(5), torch.full((5,), 2.0))})
     known = {"step": 1, "config": {"model": config.to_dict(cfg)}, "base": None if full else identity(base)}
     files = mllm.checkpoint_files(model, tokenizer)
-    folder = checkpoint.save(tmp_path / "run", "epoch_001", model, {}, known, files, best=False)
+    folder = checkpoint.save(tmp_path / "run", "epoch_001", model, {}, known, files)
     batch = pack([FULL, POOR], cfg)
     expected = model(batch)
 

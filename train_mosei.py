@@ -1,0 +1,556 @@
+"""Train a fusion of text, audio and video features on CMU-MOSEI, or on anything laid out like it.
+
+$ python train_mosei.py --fast
+$ python train_mosei.py --data-dir datasets/mosei --seeds 5
+$ torchrun --nproc-per-node 2 train_mosei.py --cfg configs/mosei_large.yaml
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import checkpoint, config, dist
+from common.config import UserError, opt
+from common.flat import Flat, set_lrs
+from common.log import Logger, curves_png
+from common.metrics import classification
+from common.optim import OptimConfig, load_state_tensors, lr_at, state_tensors
+from common.run import open_run, resume_or_start
+from data.mock_mosei import make_mock
+from data.mosei import inspect, open_corpus
+from data.utterances import SCHEMES, Utterances, level, load_splits
+from evals import sentiment
+from model.fusion import HEADS, Fusion, FusionConfig, known, load_original, losses
+
+PLACES = ("datasets/mosei", "data/mosei")  # the second is where the guide has it
+# --fast with a data set is the guide's quick preset; without one, a small set is made and learnt in full
+FAST = {"batch_size": 8, "epochs": 5, "patience": 2, "lr": 1e-4}
+MOCK = 1500  # utterances of the synthetic set
+FAST_MOCK = {"batch_size": 16, "epochs": 30, "patience": 8, "lr": 1e-3, "model.dropout": 0.4, "weight_decay": 0.05}
+
+
+@dataclass
+class Config:
+    model: FusionConfig = field(default_factory=FusionConfig)
+    data_root: str | None = opt(
+        None, f"data set: file or folder, its format is found out; default: {' or '.join(PLACES)}", "--data-root"
+    )
+    stores: dict[str, str] = opt({}, "modality=feature store, where a manifest's features lie elsewhere", "--stores")
+    label_scheme: str = opt("half_even", "how scores become seven classes", "--label-scheme", choices=SCHEMES)
+    valid_share: float = opt(0.1, "share of train held out by video where there is no valid split", "--valid-share")
+    split_seed: int = opt(0, "seed of that choice, the same for all seeds of training")
+    max_frames: int = opt(500, "frames of an utterance; what is longer is cut", "--max-frames")
+    feature_noise: float = opt(0.0, "deviation of noise on standardised features while training", "--feature-noise")
+    class_weights: str = opt("none", "inverse class frequency, its root, or none", choices=("none", "inverse", "sqrt"))
+    label_smoothing: float = opt(0.0, "share of a target spread over all classes", "--label-smoothing")
+    shuffle_labels: bool = opt(False, "control: train on labels dealt out at random", "--shuffle-labels")
+    lr: float = opt(1e-4, "learning rate", "--lr")
+    min_lr: float = opt(1e-7, "lowest learning rate of a schedule", "--min-lr")
+    warmup_steps: int = opt(0, "steps of linear warm-up", "--warmup-steps")
+    schedule: str = opt(
+        "plateau", "plateau: halved when the valid loss stalls; cosine to min-lr; or constant", "--schedule",
+        choices=("plateau", "cosine", "constant"),
+    )  # fmt: skip
+    plateau_patience: int = opt(3, "epochs without a better valid loss before the rate falls")
+    plateau_factor: float = opt(0.5, "what the rate is multiplied by then")
+    weight_decay: float = opt(1e-5, "AdamW decay of matrices", "--weight-decay")
+    grad_clip: float = opt(1.0, "largest gradient norm of a seed; 0: no clipping", "--grad-clip")
+    epochs: int = opt(50, "epochs in all", "--epochs")
+    batch_size: int = opt(16, "utterances a process and step", "--batch-size")
+    patience: int = opt(5, "epochs without a better --metric before a seed stops; 0: never", "--patience")
+    min_delta: float = opt(1e-4, "smallest change that counts as better")
+    metric: str = opt(
+        "loss", "valid score that chooses the best epoch and stops training; none: the last epoch counts", "--metric",
+        choices=("loss", "accuracy", "weighted_f1", "uar", "mae", "corr", "none"),
+    )  # fmt: skip
+    seed: int = opt(42, "first seed", "--seed")
+    seeds: int = opt(1, "seeds trained side by side", "--seeds")
+    precision: str = opt("fp32", "arithmetic; fp32 on a CPU", "--precision", choices=("fp32", "bf16"))
+    device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    resident: str = opt("auto", "data held on the device", "--resident", choices=("auto", "yes", "no"))
+    num_workers: int = opt(0, "not used: the data set lies in memory", "--num-workers")
+    log_every: int = opt(1, "epochs between log lines", "--log-every")
+    histograms: bool = opt(False, "gradient histograms in TensorBoard", "--histograms")
+    save_every: int = opt(1, "epochs between checkpoints; the best is always kept", "--save-every")
+    test: bool = opt(True, "read the test split once, after training", "--test")
+    keep: int = opt(0, "newest checkpoints to keep besides best; 0: all", "--keep")
+    ckpt: str | None = opt(None, "start from these weights; the guide's best_model.pth works", "--ckpt")
+    out: str | None = opt(None, "run folder; default: out/<config name>", "--out")
+    resume: str | None = opt(None, "go on from the run's last checkpoint, or from PATH", "--resume", bare="last")
+    overwrite: bool = opt(False, "replace the run in --out", "--overwrite")
+    mock: bool = opt(False, "train on a synthetic set made in the run folder", "--mock")
+    inspect: bool = opt(False, "print what is in the data set and stop", "--inspect")
+    fast: bool = opt(False, "the guide's quick preset; without a data set, on a synthetic one", "--fast")
+
+
+@dataclass
+class Watch:
+    """One seed's best epoch, early stopping and plateau schedule."""
+
+    lr: float
+    best: float | None = None  # of --metric
+    epoch: int = 0  # of the best
+    bad: int = 0  # epochs since
+    stopped: bool = False
+    low: float = math.inf  # lowest valid loss by the plateau schedule's measure
+    stalled: int = 0
+
+    def update(self, cfg: Config, scores: dict[str, Any], epoch: int) -> bool:
+        """Takes an epoch's valid scores in; True when they are the best so far."""
+        value = float(epoch) if cfg.metric == "none" else scores[cfg.metric]
+        sign = -1 if cfg.metric in ("loss", "mae") else 1
+        better = self.best is None or sign * (value - self.best) > cfg.min_delta
+        if better:
+            self.best, self.epoch, self.bad = value, epoch, 0
+        else:
+            self.bad += 1
+            self.stopped = 0 < cfg.patience <= self.bad
+        # torch's ReduceLROnPlateau: relative threshold 1e-4, the rate falls after patience + 1 stalled epochs
+        if scores["loss"] < self.low * (1 - 1e-4):
+            self.low, self.stalled = scores["loss"], 0
+        else:
+            self.stalled += 1
+        if cfg.schedule == "plateau" and self.stalled > cfg.plateau_patience:
+            self.lr, self.stalled = max(self.lr * cfg.plateau_factor, cfg.min_lr), 0
+        return better
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers of the run besides tensors."""
+
+    step: int = 0
+    epoch: int = 0  # epochs finished
+    best: dict = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    watches: list[dict] = field(default_factory=list)
+
+
+def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
+    here = dist.ranks(cfg.device)
+    say = print if here.main else lambda *_: None
+    dist.connect(here)
+    cfg = dist.main_first(here, partial(prepare, cfg))
+    if cfg.inspect:
+        return inspect(str(cfg.data_root), say) if here.main else None
+    cfg, start = resume_or_start(cfg, "mosei", say)
+    out = Path(str(cfg.out))
+    if cfg.num_workers:
+        say("--num-workers: not used, the data set lies in memory")
+
+    # ---- data: standardised once, then held where it is used
+    folder = dist.main_first(here, lambda: open_corpus(str(cfg.data_root), say))
+    splits = load_splits(folder, cfg.stores, cfg.valid_share, cfg.split_seed, cfg.max_frames, say)
+    train, valid = splits["train"], splits["valid"]
+    seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
+    dims = {m: x.shape[1] for m, x in train.values.items()}
+    frames = {m: max(part.rows[m].shape[1] for part in splits.values()) for m in dims}
+    model = Fusion(cfg.model, dims, frames, seeds)
+    if start is not None:
+        covered = checkpoint.load_model(model, start)
+        say(f"resumed from {start}: {covered}")
+    elif cfg.ckpt:
+        say(f"weights of {cfg.ckpt}: {load_weights(model, cfg.ckpt)}")
+    if cfg.model.normalize and start is None and not cfg.ckpt:
+        for m in dims:
+            model.set_statistics(m, *statistics(train.values[m]))
+    for part in splits.values():
+        for m in dims:
+            part.standardize(m, partial(model.standardize, m))
+    size = sum(x.nbytes for part in splits.values() for x in (*part.values.values(), *part.rows.values()))
+    resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and fits(size, here))
+    if resident:
+        splits = {name: part.to(here.device) for name, part in splits.items()}
+        train, valid = splits["train"], splits["valid"]
+    target = train.targets(cfg.model.head, cfg.label_scheme)
+    if cfg.shuffle_labels:
+        dealt = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed))
+        target = torch.cat([target[:-1][dealt.to(target.device)], target[-1:]])
+    weight = class_weights(target, cfg)
+    weight = weight if weight is None else weight.to(here.device)
+    say(f"{len(train)} train, {len(valid)} valid, {len(splits['test'])} test utterances of {len(train.members)}, "
+        f"{len(valid.members)}, {len(splits['test'].members)} videos; "
+        + ", ".join(f"{m} {frames[m]} x {dims[m]}" for m in dims))  # fmt: skip
+
+    # ---- one row of flat.values is one seed's model
+    model = model.to(here.device)
+    flat = Flat(model)
+    optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
+    best = flat.values.clone()
+    progress = Progress(watches=[asdict(Watch(cfg.lr)) for _ in seeds])
+    rng = None
+    if start is not None:
+        state = checkpoint.read_state(start)
+        progress = Progress(**{name: state[name] for name in vars(progress)})
+        tensors = checkpoint.read_tensors(start / checkpoint.OPTIMIZER)
+        best.copy_(tensors.pop("best"))
+        rng = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
+        load_state_tensors(flat.parts, optimizer, tensors)
+        for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
+            if state[name] != now:
+                say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
+    watches = [Watch(**watch) for watch in progress.watches]
+
+    lock = dist.main_first(here, partial(open_run, cfg, out, start))
+    stop = dist.Stop()
+    log = Logger(out, here.main)
+    log.truncate(progress.step)
+    units = train.members if cfg.model.context == "video" else torch.arange(len(train), device=train.device)[:, None]
+    longest = units.shape[1]
+    # a step takes whole videos with context, as many as hold about batch_size utterances
+    per_rank = max(1, round(cfg.batch_size * len(units) / len(train)))
+    group = per_rank * here.world
+    iters = math.ceil(len(units) / group)
+    total = cfg.epochs * iters
+    cosine = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
+                         schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    amp = partial(
+        torch.autocast, here.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and here.device.type == "cuda"
+    )
+    count = sum(p[0].numel() for p in model.parameters())
+    say(f"{cfg.model.model}: {count:,} parameters x {len(seeds)} seeds; {per_rank * here.world} "
+        f"{'videos' if longest > 1 else 'utterances'} a step ({here.world} processes), {iters} steps an epoch; "
+        f"data {'on' if resident else 'beside'} {here.device}, {size / 2**20:.0f} MiB")  # fmt: skip
+    facts = {
+        "system": "mosei", "config": config.to_dict(cfg), "commit": checkpoint.commit(), "dims": dims,
+        "frames": frames, "labels": list(HEADS[cfg.model.head]), "seeds": seeds, "features": describe(folder, cfg),
+        "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+    def save(name: str, links: tuple[str, ...] = ("last",)) -> None:
+        progress.watches = [asdict(watch) for watch in watches]
+        tensors = {}
+        if "last" in links:
+            states = dist.gather(rng_state(here.device))
+            tensors = state_tensors(flat.parts, optimizer) | {"best": best}
+            tensors |= {f"rng{rank}.{kind}": x for rank, part in enumerate(states) for kind, x in part.items()}
+        write = partial(
+            checkpoint.save, out / "checkpoints", name, model, tensors, facts | vars(progress), {}, links, cfg.keep
+        )
+        dist.main_first(here, lambda: write() and None)
+
+    def save_best() -> None:
+        name = f"best_{progress.epoch:03d}"
+        progress.best = {
+            "metric": cfg.metric, "checkpoint": name, "value": sum(w.best or 0.0 for w in watches) / len(watches),
+            "epochs": [w.epoch for w in watches],
+        }  # fmt: skip
+        now = flat.values.clone()
+        flat.values.copy_(best)
+        save(name, ("best",))
+        flat.values.copy_(now)
+        if here.main:
+            for old in (out / "checkpoints").glob("best_*"):
+                if old.name != name:
+                    shutil.rmtree(old)
+
+    # ---- training: one pass of the outer loop is one epoch of all seeds
+    model.train()
+    bar = log.bar(total, progress.step, "train")
+    stopping = False
+    while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
+        epoch, began = progress.epoch, time.perf_counter()
+        order = torch.stack([
+            torch.randperm(len(units), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            for seed in seeds
+        ]).to(units.device)  # fmt: skip
+        dist.seed_all(cfg.seed, epoch, here.rank)
+        if rng:
+            set_rng_state({name.split(".")[1]: x for name, x in rng.items() if name.startswith(f"rng{here.rank}.")})
+            rng = None
+        if cfg.schedule == "plateau":
+            set_lrs(optimizer, [0.0 if watch.stopped else watch.lr for watch in watches])
+        loss_sums: list[Tensor] = []
+        outputs: list[tuple[Tensor, Tensor]] = []
+        norm = flat.grads.new_zeros(len(seeds))
+        done = progress.step - epoch * iters  # steps of this epoch that a stopped run has taken
+        for i in range(done, iters):
+            if stop.orphaned():
+                raise SystemExit("torchrun is gone: this rank stops")
+            stopping = bool(dist.all_sum(stop.requested, device=here.device)[0]) if here.world > 1 else stop.requested
+            if stopping:
+                break
+            chosen = order[:, i * group : (i + 1) * group]
+            y = target[units[chosen].flatten(1)]
+            rows = known(y).sum(1).clamp_min(1).to(here.device)  # of the whole step, over all ranks
+            mine = slice(here.rank, None, here.world)
+            index = units[chosen[:, mine]].flatten(1)
+            y = target[index].to(here.device)
+            logits, loss, extra = step_loss(model, train, index, y, rows, weight, longest, cfg, amp, here.device)
+            (loss + extra).sum().backward()
+            if here.world > 1:
+                torch.distributed.all_reduce(flat.grads)
+            norm = flat.clip(cfg.grad_clip)
+            if cfg.schedule != "plateau":
+                lr = lr_at(progress.step, total, cosine)
+                set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
+            optimizer.step()
+            flat.zero_grad()
+            loss_sums.append(loss.detach())
+            outputs.append((logits.detach(), y))
+            progress.step += 1
+            bar.update()
+        if stopping:
+            break
+        progress.epoch += 1
+        epoch += 1
+
+        # ---- the epoch's numbers: the only place where the device is waited for
+        loss_steps = torch.stack(loss_sums)
+        broken = ~torch.isfinite(loss_steps).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
+        if broken.any():
+            i = int(broken.nonzero()[0, 0]) + done
+            ids = {
+                train.clips[j].id
+                for j in units[order[0, i * group : (i + 1) * group]].flatten().tolist()
+                if j < len(train)
+            }
+            raise UserError(
+                f"epoch {epoch}, step {i}: loss {loss_steps[i - done].tolist()}, gradient norm {norm.tolist()}, "
+                f"lr {optimizer.param_groups[0]['lr']:.3g}, utterances {', '.join(sorted(ids)[:8])}; the last "
+                "checkpoint is kept: lower --lr, set --grad-clip, or check these utterances' features with --inspect"
+            )
+        train_scores = running(outputs, loss_steps, cfg, here)
+        found = sentiment.predict(model, valid)
+        valid_scores = [sentiment.score(one, valid, cfg.model.head, cfg.label_scheme) for one in found]
+        improved = []
+        for k, (watch, scores) in enumerate(zip(watches, valid_scores, strict=True)):
+            if not watch.stopped and watch.update(cfg, scores, epoch):
+                best[k] = flat.values[k]
+                improved.append(k)
+        mean = {name: sum(s[name] for s in valid_scores) / len(seeds) for name in ("loss", "accuracy", "weighted_f1")}
+        lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
+        numbers = {
+            "Train/Loss": train_scores["loss"], "Train/Accuracy": train_scores["accuracy"],
+            "Train/F1": train_scores["weighted_f1"], "Val/Loss": mean["loss"], "Val/Accuracy": mean["accuracy"],
+            "Val/F1": mean["weighted_f1"], "Learning_Rate": lr, "Gradient_Norm": float(norm.mean()),
+        }  # fmt: skip
+        progress.history.append({"step": progress.step, "epoch": epoch, **numbers})
+        if improved:
+            save_best()
+        finished = epoch == cfg.epochs or all(watch.stopped for watch in watches)
+        saved = epoch % cfg.save_every == 0 or finished
+        if saved:
+            save(f"epoch_{epoch:03d}")
+        if epoch % cfg.log_every == 0 or finished:
+            log.record(progress.step, epoch=epoch, seconds=time.perf_counter() - began, **numbers)
+            path = f"  {out / 'checkpoints' / f'epoch_{epoch:03d}'}" if saved else ""
+            marks = (
+                "".join("*" if k in improved else "." for k in range(len(seeds)))
+                if len(seeds) > 1
+                else "*" * bool(improved)
+            )
+            log.say(
+                f"epoch {epoch:>3}/{cfg.epochs}  train loss {numbers['Train/Loss']:.4f} "
+                f"acc {numbers['Train/Accuracy']:.4f} f1 {numbers['Train/F1']:.4f}  valid loss {mean['loss']:.4f} acc {mean['accuracy']:.4f} f1 "
+                f"{mean['weighted_f1']:.4f}  lr {lr:.2g}{path} {marks}"
+            )
+            bar.set_postfix(loss=f"{mean['loss']:.3f}")
+        if cfg.histograms:
+            for name, p in model.named_parameters():
+                log.histogram(f"Gradients/{name}", p.grad, progress.step)
+    bar.close()
+
+    # ---- the end, or a stop asked for
+    if stopping:
+        save(f"step_{progress.step:06d}")
+        say(f"stopped after step {progress.step} of {total}; go on with the same command and --resume")
+    else:
+        stop.release()
+        epochs = ", ".join(str(watch.epoch) for watch in watches)
+        say(f"finished: {out / 'checkpoints'}, best epoch {epochs}" + " (early stop)" * (progress.epoch < cfg.epochs))
+        warn_overfit(progress.history, say)
+        flat.values.copy_(best)
+        results = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        if here.main and cfg.test and len(splits["test"]):
+            # selection is over: the test split is read here for the first and only time
+            report, logits = sentiment.report(model, splits, cfg.label_scheme, say)
+            place = out / "eval" / "test" / progress.best["checkpoint"]
+            sentiment.write(place, report, logits, splits["test"])
+            results |= {"test": report, "test_metrics": plain(report["scores"])}
+            log.hparams({k: v for k, v in config.to_dict(cfg).items() if isinstance(v, int | float | str)},
+                        {f"hparam/test_{k}": v for k, v in results["test_metrics"].items()})  # fmt: skip
+            say(f"written to {place}")
+        if here.main:
+            curves_png(progress.history, out / "curves.png")
+            (out / "results.json").write_text(json.dumps(results, indent=1))
+    log.close()
+    if lock:
+        lock.release()
+    dist.cleanup()
+
+
+def step_loss(
+    model: Fusion, data: Utterances, index: Tensor, y: Tensor, rows: Tensor, weight: Tensor | None, longest: int,
+    cfg: Config, amp: Callable, device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Logits (K, B, C), each seed's part (K,) of the mean loss over the step's `rows`, and of the auxiliary losses."""
+    x, mask = data.gather(index)
+    x, mask = ({m: value.to(device, non_blocking=True) for m, value in part.items()} for part in (x, mask))
+    if cfg.feature_noise:
+        x = {m: value + cfg.feature_noise * torch.randn_like(value) for m, value in x.items()}
+    if cfg.model.hide:
+        mask = hide(mask, cfg.model.hide)
+    if cfg.feature_noise or cfg.model.hide:
+        x = {m: torch.where(mask[m][..., None], value, 0.0) for m, value in x.items()}
+    videos = (
+        (longest, (index < len(data)).to(device).unflatten(1, (-1, longest))) if cfg.model.context == "video" else None
+    )
+    with amp():
+        logits, alone = model.logits(x, mask, videos)
+    head = cfg.model.head
+    loss = losses(logits.float(), y, head, weight, cfg.label_smoothing)
+    extra = torch.zeros_like(loss)
+    for m, out in alone.items():
+        extra = extra + losses(out.float(), y, head, weight, cfg.label_smoothing) * mask[m].any(-1)
+    return logits, loss.sum(1) / rows, cfg.model.unimodal * extra.sum(1) / rows
+
+
+def hide(mask: dict[str, Tensor], chance: float) -> dict[str, Tensor]:
+    """Hides whole modalities of an utterance, text with two thirds of the chance; where none would be left, none."""
+    kept = {}
+    for m, there in mask.items():
+        shown = torch.rand(there.shape[:2], device=there.device) >= (chance * 2 / 3 if m == "text" else chance)
+        kept[m] = there & shown[..., None]
+    some = torch.stack([there.any(-1) for there in kept.values()]).any(0)[..., None]
+    return {m: torch.where(some, kept[m], mask[m]) for m in mask}
+
+
+def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) in float64 over the frames that are there, cells that are no numbers left out."""
+    frames = values[(values != 0).any(-1)].double()
+    finite = torch.isfinite(frames)
+    n = finite.sum(0).clamp_min(1)
+    frames = torch.where(finite, frames, 0.0)
+    mean = frames.sum(0) / n
+    std = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
+    return mean.float(), std.float()
+
+
+def class_weights(target: Tensor, cfg: Config) -> Tensor | None:
+    """Weight of each class N / (C n_c), or its root; for emotions the positives' n_without / n_with, or its root."""
+    if cfg.class_weights == "none" or cfg.model.head == "regression":
+        return None
+    if cfg.model.head == "emotions":
+        known = target[target.isfinite().all(-1)]
+        weight = (1 - known).sum(0) / known.sum(0).clamp_min(1)
+    else:
+        counts = torch.bincount(target[target >= 0], minlength=len(HEADS[cfg.model.head]))
+        weight = counts.sum() / (len(counts) * counts.clamp_min(1))
+    return weight if cfg.class_weights == "inverse" else weight.sqrt()
+
+
+def running(
+    outputs: list[tuple[Tensor, Tensor]], loss_steps: Tensor, cfg: Config, here: dist.Ranks
+) -> dict[str, float]:
+    """Loss, accuracy and weighted F1 of the epoch's training steps, mean over seeds, as the weights were then."""
+    logits = torch.cat([out.float() for out, _ in outputs], 1).cpu()
+    y = torch.cat([y for _, y in outputs], 1).cpu()
+    sums = dist.all_sum(float(loss_steps.mean(1).sum()), device=here.device)[0] / len(outputs)
+    head = cfg.model.head
+    there = known(y)
+    y = torch.where(there if y.ndim < 3 else there[..., None], y, 0)
+    if head == "regression":
+        answers, y = level(logits[..., 0], cfg.label_scheme), level(y, cfg.label_scheme)
+    else:
+        answers = (logits > 0).float() if head == "emotions" else logits.argmax(-1)
+    names = range(-3, 4) if head == "regression" else range(2 if head == "emotions" else len(HEADS[head]))
+    pairs = [tuple(side[k][there[k]].flatten().tolist() for side in (y, answers)) for k in range(len(y))]
+    gathered = dist.gather(pairs)
+    each = []
+    for k in range(len(pairs)):
+        truth, said = ([v for part in gathered for v in part[k][side]] for side in (0, 1))
+        each.append(classification(truth, said, list(names)))
+    return {"loss": sums} | {name: sum(s[name] for s in each) / len(each) for name in ("accuracy", "weighted_f1")}
+
+
+def plain(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The guide's five test metrics, as far as the head has them, mean over seeds."""
+    names = {"accuracy": "accuracy", "precision": "precision_weighted", "recall": "recall_weighted",
+             "f1": "weighted_f1", "loss": "loss"}  # fmt: skip
+    return {ours: scores[name]["mean"] for ours, name in names.items() if name in scores}
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def fits(size: int, here: dist.Ranks) -> bool:
+    """Whether the data take less than half of the device's free memory."""
+    return size < torch.cuda.mem_get_info(here.device)[0] / 2
+
+
+def load_weights(model: Fusion, path: str) -> str:
+    """Weights of a checkpoint, or of the guide's best_model.pth (mlp, one seed); returns what was loaded."""
+    if not path.endswith((".pth", ".pt")):
+        return checkpoint.load_model(model, checkpoint.resolve(path, prefer="best"))
+    return load_original(model, path)
+
+
+def describe(folder: Path, cfg: Config) -> dict[str, Any]:
+    """How each modality's features were made, as far as their store says."""
+    found = {}
+    for m in ("text", "audio", "video"):
+        index = Path(cfg.stores.get(m, folder / m)) / "index.json"
+        if index.is_file():
+            info = json.loads(index.read_text())
+            found[m] = {key: value for key, value in info.items() if key not in ("ids", "shards")}
+    return found
+
+
+def prepare(cfg: Config) -> Config:
+    """Settles where the data are: given, in a place the guide knows, or made on the spot."""
+    found = next((place for place in PLACES if Path(place).exists()), None)
+    if cfg.seeds < 1 or cfg.seed < 0:
+        raise UserError(f"--seed {cfg.seed} --seeds {cfg.seeds}: from 0 up, and at least one")
+    made = cfg.mock or (cfg.fast and cfg.data_root is None and found is None)
+    if cfg.fast:
+        cfg = config.preset(cfg, {"out": "out/mosei_fast", "overwrite": not cfg.resume} | (FAST_MOCK if made else FAST))
+    cfg.out = cfg.out or f"out/{Path(config.source(cfg) or 'mosei').stem}"
+    if made:
+        mock = Path(cfg.out, "mock")
+        if not (mock / "mosei_index.json").exists():
+            print(f"making a synthetic data set below {mock}")
+            make_mock(mock, MOCK)
+        cfg.data_root = str(mock)
+    elif cfg.data_root is None:
+        if found is None:
+            raise UserError(
+                f"no index file or data for the train split in {' or '.join(PLACES)}: --data-dir says where it is, "
+                "python tools/download_mosei.py --mock makes a synthetic set, --fast needs none"
+            )
+        cfg.data_root = found
+    return cfg
+
+
+def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
+    """Says so when the valid loss rose while the training loss fell."""
+    if len(history) < 2:
+        return
+    low = min(history, key=lambda point: point["Val/Loss"])
+    last = history[-1]
+    if last["Val/Loss"] > 1.05 * low["Val/Loss"] and last["Train/Loss"] < low["Train/Loss"]:
+        say(
+            f"overfitting: valid loss was lowest ({low['Val/Loss']:.4f}) in epoch {low['epoch']} and ended at "
+            f"{last['Val/Loss']:.4f}: raise --dropout, --feature-noise, --modality-dropout or --weight-decay"
+        )
+
+
+if __name__ == "__main__":
+    config.run(Config, main)

@@ -2,28 +2,32 @@
 
 $ python eval.py --ckpt out/llm_fast/checkpoints/best
 $ python eval.py --ckpt out/ravdess --decode generate --fold 2
+$ python eval.py --ckpt out/mosei --data-root datasets/mosei
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import config, dist, metrics
+from common import checkpoint, config, dist, metrics
 from common.config import UserError, opt
 from common.log import confusion_png
 from data.clips import ClipData, Features, load_test
+from data.mosei import open_corpus
 from data.prompts import LAYOUTS
-from evals import emotion
+from data.utterances import load_splits
+from evals import emotion, sentiment
 from evals.emotion import BENCHMARKS, DecodeConfig
-from predict import load
+from predict import FusionPredictor, LlmPredictor, load
 
 
 @dataclass
 class Config:
     ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
     bench: str | None = opt(
-        None, "mer2023: six labels of a MERR list; clips: any manifest or list; default: by the data", "--bench",
-        choices=tuple(BENCHMARKS),
+        None, "mer2023: six labels of a MERR list; clips: any manifest or list; mosei: sentiment; default: by the data",
+        "--bench", choices=(*BENCHMARKS, "mosei"),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     out: str | None = opt(
@@ -48,7 +52,12 @@ def main(cfg: Config) -> None:
         raise UserError("--ckpt is needed (a run folder or a checkpoint)")
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
+    if checkpoint.read_state(checkpoint.resolve(cfg.ckpt, prefer="best")).get("system") == "mosei":
+        return score_fusion(cfg, here, say)
+    if cfg.bench == "mosei":
+        raise UserError("--bench mosei: this checkpoint is a language model's (benchmarks: mer2023, clips)")
     predictor = load(cfg.ckpt, str(here.device), llm=cfg.llm)
+    assert isinstance(predictor, LlmPredictor)
     say(f"{predictor.folder}: {predictor.coverage}")
     names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
     data_cfg = replace(predictor.data, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
@@ -66,20 +75,48 @@ def main(cfg: Config) -> None:
         seed=cfg.seed, limit=cfg.limit, progress=True,
     )  # fmt: skip
     if here.main:
-        folder = predictor.folder
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-        out = Path(cfg.out) if cfg.out else run / "eval" / bench / folder.name
+        out = place(cfg, predictor.folder, bench)
         out.mkdir(parents=True, exist_ok=True)
         settings = {"bench": bench, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(cfg.decode)}
         (out / "metrics.json").write_text(json.dumps(settings | scores, indent=1))
         with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         confusion_png(
-            scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {folder.name}"
+            scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {predictor.folder.name}"
         )
         say(metrics.table(scores, scores["majority"]))
         say(f"{cfg.decode.decode}: {metrics.line(scores)}; written to {out}")
     dist.cleanup()
+
+
+def place(cfg: Config, folder: Path, bench: str) -> Path:
+    """Where the results of a checkpoint go."""
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    return Path(cfg.out) if cfg.out else run / "eval" / bench / folder.name
+
+
+def score_fusion(cfg: Config, here: dist.Ranks, say: Callable[[str], None]) -> None:
+    """The report of train_mosei.py again, on the test split of its data or of another set's."""
+    predictor = load(cfg.ckpt, str(here.device))
+    assert isinstance(predictor, FusionPredictor)
+    say(f"{predictor.folder}: {predictor.coverage}")
+    if cfg.bench not in (None, "mosei"):
+        raise UserError(f"--bench {cfg.bench}: this checkpoint scores sentiment (benchmark: mosei)")
+    if not here.main:
+        return
+    made = checkpoint.read_state(predictor.folder)["config"]
+    root = cfg.data_root or cfg.manifest or made["data_root"]
+    splits = load_splits(open_corpus(root, say), made["stores"], made["valid_share"], made["split_seed"],
+                         made["max_frames"], say)  # fmt: skip
+    for data in splits.values():
+        sentiment.standardize(data, predictor.model, cfg.streams)
+    if not len(splits["test"]):
+        raise UserError(f"{root}: no test utterances")
+    splits = {name: data.to(here.device) for name, data in splits.items()}
+    report, logits = sentiment.report(predictor.model, splits, made["label_scheme"], say)
+    out = place(cfg, predictor.folder, "mosei")
+    sentiment.write(out, report, logits, splits["test"])
+    say(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Emotion of one clip, of a folder of clips or of a manifest; no labels needed.
+"""Emotion or sentiment of one clip, of a folder of clips or of a manifest; no labels needed.
 
 $ python predict.py --ckpt out/llm_fast --input clip.mp4
+$ python predict.py --ckpt out/voices --input clips/
 $ python predict.py --ckpt out/stage2 --input clips/ --question "[reason] What does this person feel, and why?"
 """
 
@@ -8,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from data.media import MediaError
 from data.prompts import EMOTIONS9, emotion_question, parse_tagged, pick_question
 from evals import emotion
 from evals.emotion import DecodeConfig
-from model import encoders, mllm
+from model import encoders, fusion, mllm
 
 MEDIA = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".flac", ".mp3", ".ogg", ".m4a", ".jpg", ".jpeg", ".png"}
 
@@ -41,20 +43,14 @@ class Config:
 
 
 class Predictor:
-    """A trained model with everything that turns a raw clip into its prompt."""
+    """A trained model with everything that turns a raw clip into its input; LlmPredictor and FusionPredictor below."""
 
-    def __init__(
-        self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
-    ) -> None:
-        state = checkpoint.read_state(folder)
-        state["config"]["model"] |= {"llm": llm} if llm else {}
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.mllm, self.tokenizer, self.coverage = mllm.load(folder, state, device, dtype)
-        self.folder, self.state = folder, state
-        self.data = from_dict(DataConfig, state["config"]["data"])
-        self.decode = decode or DecodeConfig()
-        self.made = state["features"]  # stream -> how it was made
-        self.visual = self.mllm.cfg.visual
+    folder: Path
+    coverage: str
+    made: dict[str, dict]  # stream -> how its features were made
+    encoders: dict[str, Any]
+
+    def _load_encoders(self) -> None:
         self.encoders = {}
         for name, info in self.made.items():
             if info.get("encoder") in encoders.ENCODERS:  # else made by another tool, and given as features
@@ -75,6 +71,61 @@ class Predictor:
         clip = replace(clip, text=text if text is not None else clip.text)
         sample, missing = self.sample(clip, question, audio, video, features or {})
         return self.answer([sample], question, {sample.id: missing})[0]
+
+    def batch(self, items: list[dict[str, Any]]) -> list[dict]:
+        """One result an item, in order; an item holds the arguments of a call, and a bad one gives {"error"}."""
+        if not items:
+            raise UserError("no items to predict")
+        results = []
+        for number, item in enumerate(items):
+            try:
+                if not isinstance(item, dict):
+                    raise UserError(f"item {number} is a {type(item).__name__}, not a dict")
+                if unknown := sorted(set(item) - {"clip", "text", "audio", "video", "features", "question"}):
+                    raise UserError(f"item {number}: unknown key {unknown[0]!r}")
+                results.append(self(**item))
+            except (MediaError, UserError) as error:
+                results.append({"error": str(error)})
+        return results
+
+    def sample(
+        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+    ) -> tuple[Any, dict[str, str]]:
+        """The clip as the model's input, which has an id, and why each absent stream is absent."""
+        raise NotImplementedError
+
+    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+        """What the model says to samples made by sample(), through the same code as evaluation."""
+        raise NotImplementedError
+
+    def _encode(self, name: str, clip: Clip, audio: Any, video: Any) -> torch.Tensor:
+        if name not in self.encoders:
+            raise MediaError(f"{name}: made by another tool; pass its values as features")
+        encoder = self.encoders[name]
+        path = {"audio": audio, "video": video}.get(encoder.modality) or clip.path
+        if path is None and encoder.modality != "text":
+            raise MediaError(f"{name}: no {encoder.modality} given")
+        made = self.made[name]
+        clip = replace(clip, path=None if path is None else str(path))
+        return encode_clip(clip, encoder, made["pooling"], made.get("frame", "middle"))
+
+
+class LlmPredictor(Predictor):
+    """Emotion-LLaMA: any question about a clip."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
+    ) -> None:
+        state = checkpoint.read_state(folder)
+        state["config"]["model"] |= {"llm": llm} if llm else {}
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.mllm, self.tokenizer, self.coverage = mllm.load(folder, state, device, dtype)
+        self.folder = folder
+        self.data = from_dict(DataConfig, state["config"]["data"])
+        self.decode = decode or DecodeConfig()
+        self.made = state["features"]
+        self.visual = self.mllm.cfg.visual
+        self._load_encoders()
 
     def sample(
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
@@ -112,16 +163,6 @@ class Predictor:
         sample = make_sample(clip, values, self.data, self.tokenizer.encode, task, asked, list(rows))
         return sample, missing
 
-    def _encode(self, name: str, clip: Clip, audio: Any, video: Any) -> torch.Tensor:
-        if name not in self.encoders:
-            raise MediaError(f"{name}: made by another tool; pass its values as features")
-        encoder = self.encoders[name]
-        path = {"audio": audio, "video": video}.get(encoder.modality) or clip.path
-        if path is None:
-            raise MediaError(f"{name}: no {encoder.modality} given")
-        made = self.made[name]
-        return encode_clip(replace(clip, path=str(path)), encoder, made["pooling"], made.get("frame", "middle"))
-
     def answer(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
         scored = question is None or samples[0].task == "emotion"
@@ -141,6 +182,81 @@ class Predictor:
         return out
 
 
+class FusionPredictor(Predictor):
+    """Sentiment from text, audio and video features; the mean of the checkpoint's seeds.
+
+    With context a clip is a video of its own.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        state = checkpoint.read_state(folder)
+        self.model, self.coverage = fusion.load(folder, state, device)
+        self.folder, self.made, self.labels = folder, state["features"], state["labels"]
+        self._load_encoders()
+
+    def sample(
+        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+    ) -> tuple[Any, dict[str, str]]:
+        """The clip's frames of each modality, and why each absent one is absent."""
+        if question is not None:
+            raise UserError("this checkpoint answers no questions: it scores sentiment")
+        values, missing = {}, {}
+        if unknown := sorted(set(features or {}) - set(self.model.dims)):
+            raise UserError(f"{clip.id}: features {unknown[0]!r}, the model has {', '.join(self.model.dims)}")
+        for name, dim in self.model.dims.items():
+            given = (features or {}).get(name)
+            try:
+                value = self._encode(name, clip, audio, video) if given is None else torch.as_tensor(np.asarray(given))
+            except MediaError as error:
+                missing[name] = str(error)
+                continue
+            value = torch.atleast_2d(value)
+            if value.ndim != 2 or value.shape[1] != dim:
+                raise UserError(f"{clip.id}: {name} has shape {tuple(value.shape)}, the model expects (T, {dim})")
+            if not (value != 0).any():
+                missing[name] = f"{name}: all zeros"
+            elif not torch.isfinite(value).any():
+                missing[name] = f"{name}: no finite value"
+            else:
+                values[name] = value[: self.model.frames[name]].float()
+        if not values:
+            raise MediaError(f"{clip.path or clip.id}: nothing to go by ({'; '.join(missing.values())})")
+        return SimpleNamespace(id=clip.id, values=values), missing
+
+    @torch.inference_mode()
+    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+        """Label, confidence, probabilities and score of each sample."""
+        device = self.model.classifier.weight.device
+        groups = [[sample] for sample in samples] if self.model.context is not None else [samples]
+        results = []
+        for group in groups:
+            x = []
+            for name, dim in self.model.dims.items():
+                x.append(torch.zeros(len(group), self.model.frames[name], dim, device=device))
+                for row, sample in zip(x[-1], group, strict=True):
+                    if name in sample.values:
+                        row[: len(sample.values[name])] = sample.values[name]
+            logits = self.model(*x).view(-1, len(group), len(self.labels))  # (K, B, C)
+            head = self.model.cfg.head
+            p = fusion.probabilities(logits, head).mean(0).tolist()
+            score = fusion.scores(logits, head).mean(0).tolist() if head != "emotions" else [None] * len(group)
+            for sample, row, value in zip(group, p, score, strict=True):
+                results.append(self._result(sample.id, row, value, missing[sample.id]))
+        return results
+
+    def _result(self, id: str, p: list[float], score: float | None, missing: dict[str, str]) -> dict:
+        result: dict[str, Any] = {"id": id, "available_modalities": [m for m in self.model.dims if m not in missing]}
+        result["missing"] = missing
+        if self.model.cfg.head == "regression":
+            assert score is not None
+            named = fusion.SENTIMENTS[round(max(-3.0, min(3.0, score))) + 3]
+            return result | {"emotion": named, "score": score}
+        best = max(range(len(p)), key=p.__getitem__)
+        result |= {"emotion": self.labels[best], "confidence": p[best]}
+        result["probabilities"] = dict(zip(self.labels, p, strict=True))
+        return result if score is None else result | {"score": score}
+
+
 def load(
     ckpt: str | Path, device: str = "cpu", decode: DecodeConfig | None = None, llm: str | None = None
 ) -> Predictor:
@@ -148,7 +264,10 @@ def load(
 
     `llm`: where the frozen language model lies, if it has moved since training.
     """
-    return Predictor(checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device, decode, llm)
+    folder, place = checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device
+    if checkpoint.read_state(folder).get("system") == "mosei":
+        return FusionPredictor(folder, place)
+    return LlmPredictor(folder, place, decode, llm)
 
 
 def read_input(path: str, text: str | None) -> list[Clip]:
@@ -205,6 +324,8 @@ def line(result: dict) -> str:
     gone = f"  (without {', '.join(result['missing'])})" if result["missing"] else ""
     if "answer" in result:
         return f"{result['id']}: {result['answer']}{gone}"
+    if "probabilities" not in result:
+        return f"{result['id']}: {result['emotion']}  [score {result['score']:.2f}]{gone}"
     top = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
     return f"{result['id']}: {result['emotion']}  [{', '.join(f'{label} {p:.2f}' for label, p in top)}]{gone}"
 

@@ -164,8 +164,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         for m in dims:
             model.set_statistics(m, *statistics(train.values[m]))
     for part in splits.values():
-        for m in dims:
-            part.standardize(m, partial(model.standardize, m))
+        sentiment.standardize(part, model)
     size = sum(x.nbytes for part in splits.values() for x in (*part.values.values(), *part.rows.values()))
     resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and fits(size, here))
     if resident:
@@ -350,9 +349,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
                 else "*" * bool(improved)
             )
             log.say(
-                f"epoch {epoch:>3}/{cfg.epochs}  train loss {numbers['Train/Loss']:.4f} "
-                f"acc {numbers['Train/Accuracy']:.4f} f1 {numbers['Train/F1']:.4f}  valid loss {mean['loss']:.4f} acc {mean['accuracy']:.4f} f1 "
-                f"{mean['weighted_f1']:.4f}  lr {lr:.2g}{path} {marks}"
+                f"epoch {epoch:>3}/{cfg.epochs}  train loss {train_scores['loss']:.4f} "
+                f"acc {train_scores['accuracy']:.4f} f1 {train_scores['weighted_f1']:.4f}  valid loss {mean['loss']:.4f} acc {mean['accuracy']:.4f} "
+                f"f1 {mean['weighted_f1']:.4f}  lr {lr:.2g}{path} {marks}"
             )
             bar.set_postfix(loss=f"{mean['loss']:.3f}")
         if cfg.histograms:
@@ -374,7 +373,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         if here.main and cfg.test and len(splits["test"]):
             # selection is over: the test split is read here for the first and only time
             report, logits = sentiment.report(model, splits, cfg.label_scheme, say)
-            place = out / "eval" / "test" / progress.best["checkpoint"]
+            place = out / "eval" / "mosei" / progress.best["checkpoint"]
             sentiment.write(place, report, logits, splits["test"])
             results |= {"test": report, "test_metrics": plain(report["scores"])}
             log.hparams({k: v for k, v in config.to_dict(cfg).items() if isinstance(v, int | float | str)},
@@ -426,7 +425,7 @@ def hide(mask: dict[str, Tensor], chance: float) -> dict[str, Tensor]:
 
 
 def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) in float64 over the frames that are there, cells that are no numbers left out."""
+    """Mean and standard deviation (D,) in float64 over the frames there are; cells that are no numbers do not count."""
     frames = values[(values != 0).any(-1)].double()
     finite = torch.isfinite(frames)
     n = finite.sum(0).clamp_min(1)

@@ -212,7 +212,8 @@ def coverage(loaded: list[str], own: list[str]) -> str:
     for kind, mark in (*kinds.items(), ("other", "")):
         ours = [n for n in own if (mark in n if mark else not any(m in n for m in kinds.values()))]
         if ours:
-            parts.append(f"{len(set(ours) & set(loaded))}/{len(ours)} {kind} tensors")
+            kind = "" if kind == "other" and len(ours) == len(own) else kind
+            parts.append(f"{len(set(ours) & set(loaded))}/{len(ours)} {kind} tensors".replace("  ", " "))
     return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common import metrics, probe
+from common.config import UserError
 from common.log import confusion_png
 from data.utterances import Utterances, level
 from model.fusion import HEADS, Fusion, losses, masked_mean, probabilities, scores
@@ -34,6 +36,22 @@ def columns(head: str, kind: str) -> tuple[str, ...]:
         return MAIN["emotions"]
     ordered = MAIN["score"] if kind != "polarity" and head in ("7", "regression") else ()
     return (() if head == "regression" else MAIN["classes"]) + ordered
+
+
+def standardize(data: Utterances, model: Fusion, only: Sequence[str] = ()) -> None:
+    """Brings the data's features to the model's scale; modalities that they lack, or not in `only`, become absent."""
+    if strange := sorted(set(only) - set(model.dims)):
+        raise UserError(f"stream {strange[0]!r} is not one of {', '.join(model.dims)}")
+    for m, dim in model.dims.items():
+        found = data.values.get(m)
+        if found is None or (only and m not in only):
+            data.values[m] = torch.zeros(1, dim)
+            data.rows[m] = torch.zeros(len(data) + 1, 1, dtype=torch.long)
+        elif found.shape[1] != dim:
+            raise UserError(f"{m} has width {found.shape[1]} in the data, {dim} in the checkpoint")
+        data.rows[m] = data.rows[m][:, : model.frames[m]]
+        data.standardize(m, partial(model.standardize, m))
+    data.values, data.rows = ({m: part[m] for m in model.dims} for part in (data.values, data.rows))
 
 
 @torch.inference_mode()

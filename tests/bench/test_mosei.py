@@ -1,0 +1,56 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import mosei as bench
+from common import config
+
+ROOT = Path(bench.__file__).parents[1]
+TINY = ["--rows", "200", "--pickle-rows", "20", "--repeats", "1", "--num-workers", "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "bench" / "mosei.py")], ["-m", "bench.mosei"]])
+def test_every_variant_is_measured(tmp_path, command):
+    argv = [sys.executable, *command, *TINY, "--no-write"]
+    where = tmp_path if command[0] != "-m" else ROOT
+    done = subprocess.run(argv, cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.count("|") == 3)
+    for name in ("ours, batch 16", "floor, batch 512", "DataLoader, 0 workers, batch 16", "5 seeds at once, batch 16"):
+        assert float(rows[f"{name}: ms a step"].split()[0]) > 0
+    assert float(rows["5 x one seed, times 5 seeds at once, batch 16"].split()[0]) > 0
+    assert {"converted store: ms; peak MiB", "pickle.load, times converted store: time; peak"} <= rows.keys()
+
+
+def test_results_are_appended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text("# Before\n")
+    bench.main(config.load(bench.Config, [*TINY[:2], "--pickle-rows", "0", *TINY[4:]]))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Before\n\n## bench/mosei.py, ")
+    assert text.removeprefix("# Before\n\n") == capsys.readouterr().out.removesuffix("\n")
+
+
+def test_the_variants_do_the_same_work():
+    data = bench.random_utterances(48)
+    weights = []
+    for peer in (False, True):
+        torch.manual_seed(0)
+        loop = bench.Loop(data, 16, 1, torch.device("cpu"))
+        loop.model.eval()  # no dropout
+        if peer:
+            order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()
+            loop.loader(torch.utils.data.DataLoader(bench.Rows(data), 16, sampler=order), 9)
+        else:
+            loop.ours(9)
+        weights.append(loop.flat.values)
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_pairs_are_of_the_same_rounds():
+    times = {"fast": [0.0, 1.0, 2.0, 3.0], "slow": [0.5, 3.5]}
+    assert bench.pairs(times, "fast", "slow") == [(0.0, 0.5), (3.0, 3.5)]
+    assert bench.pairs(times, "slow", "fast") == [(0.5, 0.0), (3.5, 3.0)]

@@ -139,16 +139,23 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
     dist.connect(here)
-    cfg = dist.main_first(here, partial(prepare, cfg))
-    if cfg.inspect:
-        return inspect(str(cfg.data_root), say) if here.main else None
+    if cfg.seeds < 1 or cfg.seed < 0:
+        raise UserError(f"--seed {cfg.seed} --seeds {cfg.seeds}: from 0 up, and at least one")
+    found = next((place for place in PLACES if Path(place).exists()), None)
+    made = cfg.mock or (cfg.fast and cfg.data_root is None and found is None)
+    if cfg.fast:
+        quick = FAST_MOCK if made else FAST
+        cfg = config.preset(cfg, {"out": "out/mosei_fast", "overwrite": not cfg.resume} | quick)
     cfg, start = resume_or_start(cfg, "mosei", say)
     out = Path(str(cfg.out))
+    cfg.data_root = dist.main_first(here, partial(place_data, cfg, made, found))
+    if cfg.inspect:
+        return inspect(cfg.data_root, say) if here.main else None
     if cfg.num_workers:
         say("--num-workers: not used, the data set lies in memory")
 
     # ---- data: standardised once, then held where it is used
-    folder = dist.main_first(here, lambda: open_corpus(str(cfg.data_root), say))
+    folder = dist.main_first(here, lambda: open_corpus(cfg.data_root, say))
     splits = load_splits(folder, cfg.stores, cfg.valid_share, cfg.split_seed, cfg.max_frames, say)
     train, valid = splits["train"], splits["valid"]
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
@@ -186,7 +193,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
     best = flat.values.clone()
     progress = Progress(watches=[asdict(Watch(cfg.lr)) for _ in seeds])
-    rng = None
+    rng: dict[str, Tensor] = {}
     if start is not None:
         state = checkpoint.read_state(start)
         progress = Progress(**{name: state[name] for name in vars(progress)})
@@ -262,16 +269,15 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
             torch.randperm(len(units), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
             for seed in seeds
         ]).to(units.device)  # fmt: skip
+        done = progress.step - epoch * iters  # steps of this epoch that a stopped run has taken
         dist.seed_all(cfg.seed, epoch, here.rank)
-        if rng:
+        if done and rng:
             set_rng_state({name.split(".")[1]: x for name, x in rng.items() if name.startswith(f"rng{here.rank}.")})
-            rng = None
         if cfg.schedule == "plateau":
             set_lrs(optimizer, [0.0 if watch.stopped else watch.lr for watch in watches])
         loss_sums: list[Tensor] = []
         outputs: list[tuple[Tensor, Tensor]] = []
         norm = flat.grads.new_zeros(len(seeds))
-        done = progress.step - epoch * iters  # steps of this epoch that a stopped run has taken
         for i in range(done, iters):
             if stop.orphaned():
                 raise SystemExit("torchrun is gone: this rank stops")
@@ -348,11 +354,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
                 if len(seeds) > 1
                 else "*" * bool(improved)
             )
-            log.say(
-                f"epoch {epoch:>3}/{cfg.epochs}  train loss {train_scores['loss']:.4f} "
-                f"acc {train_scores['accuracy']:.4f} f1 {train_scores['weighted_f1']:.4f}  valid loss {mean['loss']:.4f} acc {mean['accuracy']:.4f} "
-                f"f1 {mean['weighted_f1']:.4f}  lr {lr:.2g}{path} {marks}"
+            ours, theirs = (
+                f"loss {s['loss']:.4f} acc {s['accuracy']:.4f} f1 {s['weighted_f1']:.4f}" for s in (train_scores, mean)
             )
+            log.say(f"epoch {epoch:>3}/{cfg.epochs}  train {ours}  valid {theirs}  lr {lr:.2g}{path} {marks}")
             bar.set_postfix(loss=f"{mean['loss']:.3f}")
         if cfg.histograms:
             for name, p in model.named_parameters():
@@ -513,29 +518,20 @@ def describe(folder: Path, cfg: Config) -> dict[str, Any]:
     return found
 
 
-def prepare(cfg: Config) -> Config:
-    """Settles where the data are: given, in a place the guide knows, or made on the spot."""
-    found = next((place for place in PLACES if Path(place).exists()), None)
-    if cfg.seeds < 1 or cfg.seed < 0:
-        raise UserError(f"--seed {cfg.seed} --seeds {cfg.seeds}: from 0 up, and at least one")
-    made = cfg.mock or (cfg.fast and cfg.data_root is None and found is None)
-    if cfg.fast:
-        cfg = config.preset(cfg, {"out": "out/mosei_fast", "overwrite": not cfg.resume} | (FAST_MOCK if made else FAST))
-    cfg.out = cfg.out or f"out/{Path(config.source(cfg) or 'mosei').stem}"
+def place_data(cfg: Config, made: bool, found: str | None) -> str:
+    """Where the data are: given, made on the spot, or in a place that the guide knows."""
     if made:
-        mock = Path(cfg.out, "mock")
+        mock = Path(str(cfg.out), "mock")
         if not (mock / "mosei_index.json").exists():
             print(f"making a synthetic data set below {mock}")
             make_mock(mock, MOCK)
-        cfg.data_root = str(mock)
-    elif cfg.data_root is None:
-        if found is None:
-            raise UserError(
-                f"no index file or data for the train split in {' or '.join(PLACES)}: --data-dir says where it is, "
-                "python tools/download_mosei.py --mock makes a synthetic set, --fast needs none"
-            )
-        cfg.data_root = found
-    return cfg
+        return str(mock)
+    if cfg.data_root is not None or found is not None:
+        return str(cfg.data_root or found)
+    raise UserError(
+        f"no index file or data for the train split in {' or '.join(PLACES)}: --data-dir says where it is, "
+        "python tools/download_mosei.py --mock makes a synthetic set, --fast needs none"
+    )
 
 
 def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:

@@ -1,5 +1,7 @@
 """Small models at full speed: the parameters of K seeds in one tensor, their gradients in another."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ class Flat:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        # each seed's parameters lie together, so one parameter of all seeds does not: autograd warns, without effect
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         # matrices first, so that what decays is one stretch of a row
         named.sort(key=lambda pair: pair[1].ndim < 3 or pair[0].endswith("bias"))

@@ -111,7 +111,7 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
         ([], "--ckpt is needed (a run folder or a checkpoint)"),
         (["--ckpt", tmp_path], f"checkpoint {tmp_path}: holds no checkpoint (a run folder, its checkpoints/ or one "
          "checkpoint folder)"),
-        (["--ckpt", trained.run, "--bench", "mer2022"], "--bench: 'mer2022' is not one of mer2023, clips"),
+        (["--ckpt", trained.run, "--bench", "mer2022"], "--bench: 'mer2022' is not one of mer2023, clips, mosei"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
          "--prompt-layout: 'trian' is not one of train, original_eval, question_first"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],

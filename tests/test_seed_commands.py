@@ -1,4 +1,4 @@
-"""Emotion-LLaMA's two training guides: every YAML block and command of theirs works here, under our names."""
+"""Emotion-LLaMA's and MOSEI's training guides: every YAML block and command of theirs works here, under our names."""
 
 import json
 import sys
@@ -13,11 +13,18 @@ import eval as evaluation
 import extract
 import predict
 import train_llm
+import train_mosei
 from common import config
 from common.options import options
 
 ROOT = Path(train_llm.__file__).parent
-SCRIPTS = {"train_llm": train_llm, "eval": evaluation, "predict": predict, "extract": extract}
+SCRIPTS = {
+    "train_llm": train_llm,
+    "train_mosei": train_mosei,
+    "eval": evaluation,
+    "predict": predict,
+    "extract": extract,
+}
 
 STAGE1 = """
 model:
@@ -126,6 +133,18 @@ FLAGS = {
         log_every --log-every, evaluate --evaluate, eval_every --eval-every, eval_batch_size --eval-batch-size,
         eval_limit, save_every --save-every, save_steps --save-steps, save_best --save-best, metric --metric,
         keep --keep, test --test, resume --resume, overwrite --overwrite, fast --fast, dry_run --dry-run""",
+    "train_mosei": """
+        model.model --model, model.head --head, model.fusion_dim --fusion-dim, model.layers --layers,
+        model.dropout --dropout, model.modality_dropout --modality-dropout, model.latents, model.rank, model.unimodal,
+        model.context --context, model.normalize --normalize, model.clip_sigma, data_root --data-root, stores --stores,
+        label_scheme --label-scheme, valid_share --valid-share, split_seed, max_frames --max-frames,
+        feature_noise --feature-noise, class_weights, label_smoothing --label-smoothing,
+        shuffle_labels --shuffle-labels, lr --lr, min_lr --min-lr, warmup_steps --warmup-steps, schedule --schedule,
+        plateau_patience, plateau_factor, weight_decay --weight-decay, grad_clip --grad-clip, epochs --epochs,
+        batch_size --batch-size, patience --patience, min_delta, metric --metric, seed --seed, seeds --seeds,
+        precision --precision, device --device, resident --resident, num_workers --num-workers,
+        log_every --log-every, histograms, save_every --save-every, test --test, keep --keep, ckpt --ckpt, out --out,
+        resume --resume, overwrite --overwrite, mock --mock, inspect --inspect, fast --fast""",
     "eval": """
         ckpt --ckpt, bench --bench, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
@@ -240,7 +259,7 @@ def test_every_config_loads_and_names_no_place_of_one_machine():
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert {"stage1.yaml", "stage2.yaml"} <= {file.name for file in files}
     for file in files:
-        load("--cfg", file)
+        load("--cfg", file, script=train_mosei if file.name.startswith("mos") else train_llm)
         assert not [word for word in ("/home", "/mnt", "/tmp", "/work") if word in file.read_text()], file
 
 
@@ -270,6 +289,47 @@ def test_help_exits_0_and_names_every_field(name, monkeypatch, capsys):
     for option in options(SCRIPTS[name].Config()):
         assert {f"--{option.path.replace('_', '-')}", *option.flags} <= words
         assert option.help in shown
+
+
+# ---- the MOSEI guide
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("fast", {"batch_size": 8, "epochs": 5, "patience": 2, "lr": 1e-4}),
+        ("standard", {"batch_size": 16, "epochs": 50, "patience": 5, "lr": 1e-4, "weight_decay": 1e-5}),
+        ("large", {"batch_size": 32, "epochs": 100, "patience": 10, "lr": 1e-4, "weight_decay": 1e-4}),
+    ],
+)
+def test_presets_of_the_mosei_guide(preset, expected):
+    cfg = load("--cfg", ROOT / "configs" / f"mosei_{preset}.yaml", script=train_mosei)
+    assert values(cfg) == values(train_mosei.Config()) | expected
+    if preset == "standard":
+        assert values(cfg) == values(train_mosei.Config())
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("", {}),
+        ("--batch-size 32 --lr 1e-3", {"batch_size": 32, "lr": 1e-3}),
+        ("--epochs 100", {"epochs": 100}),
+        ("--data-dir /path/to/mosei", {"data_root": "/path/to/mosei"}),
+        ("--device cuda", {"device": "cuda"}),
+        ("--fast", {"fast": True}),
+        ("--resume checkpoints/checkpoint_epoch_10.pth", {"resume": "checkpoints/checkpoint_epoch_10.pth"}),
+        ("--batch-size 8", {"batch_size": 8}),
+        ("--device cpu", {"device": "cpu"}),
+        ("--lr 1e-5", {"lr": 1e-5}),
+    ],
+)
+def test_commands_of_the_mosei_guide(command, expected):
+    assert values(load(*command.split(), script=train_mosei)) == values(train_mosei.Config()) | expected
+
+
+def test_the_mosei_guides_evaluation_command():
+    assert load("--checkpoint", "checkpoints/best", script=evaluation).ckpt == "checkpoints/best"
 
 
 # ---- both stages

@@ -189,6 +189,116 @@ def test_sentiment_of_constants() -> None:
     assert metrics.sentiment([0.1, 0.2, 0.3], [0.1] * 3)["corr"] == 0.0
 
 
+def field_sentiment(y: np.ndarray, p: np.ndarray) -> dict[str, float]:
+    """MMSA's scores with NumPy and scikit-learn, as the field computes them; 0 where they are not defined."""
+    sk = pytest.importorskip("sklearn.metrics")
+    kept = y != 0
+    scores = {
+        "acc2_has0": sk.accuracy_score(y >= 0, p >= 0),
+        "f1_has0": sk.f1_score(y >= 0, p >= 0, average="weighted", zero_division=0),
+        "acc2_non0": sk.accuracy_score(y[kept] > 0, p[kept] > 0) if kept.any() else 0.0,
+        "f1_non0": sk.f1_score(y[kept] > 0, p[kept] > 0, average="weighted", zero_division=0) if kept.any() else 0.0,
+        "mae": np.mean(np.absolute(p - y)),
+        "corr": np.corrcoef(p, y)[0][1] if y.std() and p.std() else 0.0,
+    }
+    for top, name in ((2, "acc5"), (3, "acc7")):
+        scores[name] = np.mean(np.round(np.clip(p, -top, top)) == np.round(np.clip(y, -top, top)))
+    return scores
+
+
+HALVES = np.arange(-9, 10) / 2
+EDGES = {
+    "all zeros": (np.zeros(5), np.zeros(5)),
+    "zero truths": (np.zeros(4), np.array([-1e-9, 0.0, 1e-9, 2.0])),
+    "minus zero": (np.array([-0.0, 1.0, -1.0]), np.array([0.0, -0.0, -0.0])),
+    "only positive": (np.array([0.5, 1.5, 2.5]), np.array([1.0, -1.0, 2.5])),
+    "only negative": (np.array([-0.5, -1.5, -2.5]), np.array([-1.0, 1.0, -0.0])),
+    "halves": (np.repeat(HALVES.clip(-3, 3), len(HALVES)), np.tile(HALVES, len(HALVES))),
+    "outside": (np.array([-3.0, 3.0, 2.0, -2.0]), np.array([-3.6, 40.0, 3.5, -1e6])),
+    "one row": (np.array([1.0]), np.array([-1.0])),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_sentiment_is_the_field_s_at_the_edges(case: str) -> None:
+    y_true, y_pred = EDGES[case]
+    expected = field_sentiment(y_true, y_pred)
+    assert metrics.sentiment(y_true, y_pred) == pytest.approx(expected, abs=1e-12)
+    assert metrics.sentiment(torch.tensor(y_true), y_pred.tolist()) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sentiment_is_the_field_s_on_random_scores(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y_true, y_pred = rng.integers(-9, 10, 300) / 3, rng.normal(0, 3, 300)
+    assert metrics.sentiment(y_true, y_pred) == pytest.approx(field_sentiment(y_true, y_pred), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_emotions_are_the_weighted_accuracy_and_f1_of_each(seed: int) -> None:
+    sk = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    names = ("happy", "sad", "fear")
+    y = rng.random((80, 3)) < [0.5, 0.3, 0.1]
+    p = rng.random((80, 3)) < 0.4
+    found = metrics.emotions(y, torch.tensor(p), names)
+    expected = {}
+    for i, name in enumerate(names):
+        tp, tn = int((y[:, i] & p[:, i]).sum()), int((~y[:, i] & ~p[:, i]).sum())
+        positive, negative = int(y[:, i].sum()), int((~y[:, i]).sum())
+        f1 = sk.f1_score(y[:, i], p[:, i], average="weighted", zero_division=0)
+        expected[name] = {"wa": (tp * negative / positive + tn) / (2 * negative), "weighted_f1": f1}
+        assert found["per_emotion"][name] == pytest.approx(expected[name], abs=1e-12)
+    assert found["wa"] == pytest.approx(sum(each["wa"] for each in expected.values()) / 3, abs=1e-12)
+    assert found["weighted_f1"] == pytest.approx(sum(each["weighted_f1"] for each in expected.values()) / 3, abs=1e-12)
+    assert found["accuracy"] == pytest.approx((y == p).mean(), abs=1e-12)
+
+
+def test_emotions_never_or_always_present() -> None:
+    y = np.array([[0, 1], [0, 1], [0, 1], [0, 1]])
+    found = metrics.emotions(y, np.array([[0, 1], [0, 1], [0, 1], [1, 0]]), ("never", "always"))
+    assert found["per_emotion"]["never"]["wa"] == 0.75
+    assert found["per_emotion"]["always"]["wa"] == 0.75
+    with pytest.raises(UserError, match="nothing to score: no samples"):
+        metrics.emotions(np.zeros((0, 2)), np.zeros((0, 2)), ("never", "always"))
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_kappa_is_scikit_learn_s(k: int) -> None:
+    sk = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(k)
+    for spread in (0.3, 1.0, 5.0):
+        y = rng.integers(0, k, 200)
+        p = np.rint(y + rng.normal(0, spread, 200)).clip(0, k - 1).astype(int)
+        matrix = sk.confusion_matrix(y, p, labels=range(k))
+        expected = sk.cohen_kappa_score(y, p, weights="quadratic", labels=range(k))
+        assert metrics.kappa(matrix) == pytest.approx(expected, abs=1e-12)
+
+
+def test_kappa_of_chance_and_of_one_class() -> None:
+    assert metrics.kappa([[4, 0, 0], [0, 3, 0], [0, 0, 2]]) == 1.0
+    assert metrics.kappa([[0, 0, 5], [0, 0, 0], [5, 0, 0]]) == pytest.approx(-1.0)
+    assert metrics.kappa([[3, 0], [7, 0]]) == 0.0  # always the same answer
+    assert metrics.kappa([[9, 0], [0, 0]]) == 0.0  # nothing to agree on
+
+
+@pytest.mark.parametrize("bins", [1, 5, 15])
+def test_calibration_error_is_the_loop_s(bins: int) -> None:
+    rng = np.random.default_rng(bins)
+    sure = np.concatenate([rng.random(300), [0.0, 1.0, 1.0]])
+    right = rng.random(303) < sure**2
+    expected = 0.0
+    for low in range(bins):
+        last = low == bins - 1
+        held = [i for i, c in enumerate(sure) if c >= low / bins and (last or c < (low + 1) / bins)]
+        if held:
+            gap = np.mean(right[held]) - np.mean(sure[held])
+            expected += len(held) / len(sure) * abs(float(gap))
+    assert metrics.calibration_error(sure, right, bins) == pytest.approx(expected, abs=1e-12)
+    assert metrics.calibration_error([1.0, 1.0], [True, True], bins) == 0.0
+    assert metrics.calibration_error([1.0, 1.0], [False, False], bins) == 1.0
+
+
 def test_table() -> None:
     y_true, y_pred = unroll(MER2023)
     scores = metrics.classification(y_true, y_pred, LABELS)

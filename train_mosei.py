@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from model.fusion import HEADS, Fusion, FusionConfig, known, load_original, loss
 PLACES = ("datasets/mosei", "data/mosei")  # the second is where the guide has it
 # --fast with a data set is the guide's quick preset; without one, a small set is made and learnt in full
 FAST = {"batch_size": 8, "epochs": 5, "patience": 2, "lr": 1e-4}
+GATHERED = 16 * 2**20  # bytes of frames gathered at a time
 MOCK = 1500  # utterances of the synthetic set
 FAST_MOCK = {"batch_size": 16, "epochs": 30, "patience": 8, "lr": 1e-3, "model.dropout": 0.4, "weight_decay": 0.05}
 
@@ -148,47 +149,18 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         cfg = config.preset(cfg, {"out": "out/mosei_fast", "overwrite": not cfg.resume} | quick)
     cfg, start = resume_or_start(cfg, "mosei", say)
     out = Path(str(cfg.out))
-    cfg.data_root = dist.main_first(here, partial(place_data, cfg, made, found))
+    cfg.data_root = root = dist.main_first(here, partial(place_data, cfg, made, found))
     if cfg.inspect:
-        return inspect(cfg.data_root, say) if here.main else None
+        return inspect(root, say) if here.main else None
     if cfg.num_workers:
         say("--num-workers: not used, the data set lies in memory")
 
-    # ---- data: standardised once, then held where it is used
-    folder = dist.main_first(here, lambda: open_corpus(cfg.data_root, say))
-    splits = load_splits(folder, cfg.stores, cfg.valid_share, cfg.split_seed, cfg.max_frames, say)
-    train, valid = splits["train"], splits["valid"]
+    folder = dist.main_first(here, lambda: open_corpus(root, say))
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
-    dims = {m: x.shape[1] for m, x in train.values.items()}
-    frames = {m: max(part.rows[m].shape[1] for part in splits.values()) for m in dims}
-    model = Fusion(cfg.model, dims, frames, seeds)
-    if start is not None:
-        covered = checkpoint.load_model(model, start)
-        say(f"resumed from {start}: {covered}")
-    elif cfg.ckpt:
-        say(f"weights of {cfg.ckpt}: {load_weights(model, cfg.ckpt)}")
-    if cfg.model.normalize and start is None and not cfg.ckpt:
-        for m in dims:
-            model.set_statistics(m, *statistics(train.values[m]))
-    for part in splits.values():
-        sentiment.standardize(part, model)
-    size = sum(x.nbytes for part in splits.values() for x in (*part.values.values(), *part.rows.values()))
-    resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and fits(size, here))
-    if resident:
-        splits = {name: part.to(here.device) for name, part in splits.items()}
-        train, valid = splits["train"], splits["valid"]
-    target = train.targets(cfg.model.head, cfg.label_scheme)
-    if cfg.shuffle_labels:
-        dealt = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed))
-        target = torch.cat([target[:-1][dealt.to(target.device)], target[-1:]])
-    weight = class_weights(target, cfg)
-    weight = weight if weight is None else weight.to(here.device)
-    say(f"{len(train)} train, {len(valid)} valid, {len(splits['test'])} test utterances of {len(train.members)}, "
-        f"{len(valid.members)}, {len(splits['test'].members)} videos; "
-        + ", ".join(f"{m} {frames[m]} x {dims[m]}" for m in dims))  # fmt: skip
+    task = load_task(cfg, folder, seeds, start, here, say)
+    model, train, valid = task.model, task.splits["train"], task.splits["valid"]
 
     # ---- one row of flat.values is one seed's model
-    model = model.to(here.device)
     flat = Flat(model)
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
     best = flat.values.clone()
@@ -210,26 +182,17 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     stop = dist.Stop()
     log = Logger(out, here.main)
     log.truncate(progress.step)
-    units = train.members if cfg.model.context == "video" else torch.arange(len(train), device=train.device)[:, None]
-    longest = units.shape[1]
-    # a step takes whole videos with context, as many as hold about batch_size utterances
-    per_rank = max(1, round(cfg.batch_size * len(units) / len(train)))
-    group = per_rank * here.world
-    iters = math.ceil(len(units) / group)
+    iters = math.ceil(len(task.units) / (task.a_step * here.world))
     total = cfg.epochs * iters
-    cosine = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                         schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
-    amp = partial(
-        torch.autocast, here.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and here.device.type == "cuda"
-    )
     count = sum(p[0].numel() for p in model.parameters())
-    say(f"{cfg.model.model}: {count:,} parameters x {len(seeds)} seeds; {per_rank * here.world} "
-        f"{'videos' if longest > 1 else 'utterances'} a step ({here.world} processes), {iters} steps an epoch; "
-        f"data {'on' if resident else 'beside'} {here.device}, {size / 2**20:.0f} MiB")  # fmt: skip
+    say(f"{cfg.model.model}: {count:,} parameters x {len(seeds)} seeds; {task.a_step * here.world} "
+        f"{'videos' if cfg.model.context == 'video' else 'utterances'} a step ({here.world} processes), {iters} steps "
+        f"an epoch; data {'on' if task.resident else 'beside'} {here.device}, {task.size / 2**20:.0f} MiB")  # fmt: skip
     facts = {
-        "system": "mosei", "config": config.to_dict(cfg), "commit": checkpoint.commit(), "dims": dims,
-        "frames": frames, "labels": list(HEADS[cfg.model.head]), "seeds": seeds, "features": describe(folder, cfg),
-        "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "system": "mosei", "config": config.to_dict(cfg), "commit": checkpoint.commit(), "dims": model.dims,
+        "frames": model.frames, "labels": list(HEADS[cfg.model.head]), "seeds": seeds,
+        "features": describe(folder, cfg), "world": here.world, "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }  # fmt: skip
 
     def save(name: str, links: tuple[str, ...] = ("last",)) -> None:
@@ -265,60 +228,27 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     stopping = False
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         epoch, began = progress.epoch, time.perf_counter()
-        order = torch.stack([
-            torch.randperm(len(units), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            for seed in seeds
-        ]).to(units.device)  # fmt: skip
         done = progress.step - epoch * iters  # steps of this epoch that a stopped run has taken
         dist.seed_all(cfg.seed, epoch, here.rank)
         if done and rng:
             set_rng_state({name.split(".")[1]: x for name, x in rng.items() if name.startswith(f"rng{here.rank}.")})
-        if cfg.schedule == "plateau":
-            set_lrs(optimizer, [0.0 if watch.stopped else watch.lr for watch in watches])
-        loss_sums: list[Tensor] = []
-        outputs: list[tuple[Tensor, Tensor]] = []
-        norm = flat.grads.new_zeros(len(seeds))
-        for i in range(done, iters):
-            if stop.orphaned():
-                raise SystemExit("torchrun is gone: this rank stops")
-            stopping = bool(dist.all_sum(stop.requested, device=here.device)[0]) if here.world > 1 else stop.requested
-            if stopping:
-                break
-            chosen = order[:, i * group : (i + 1) * group]
-            y = target[units[chosen].flatten(1)]
-            rows = known(y).sum(1).clamp_min(1).to(here.device)  # of the whole step, over all ranks
-            mine = slice(here.rank, None, here.world)
-            index = units[chosen[:, mine]].flatten(1)
-            y = target[index].to(here.device)
-            logits, loss, extra = step_loss(model, train, index, y, rows, weight, longest, cfg, amp, here.device)
-            (loss + extra).sum().backward()
-            if here.world > 1:
-                torch.distributed.all_reduce(flat.grads)
-            norm = flat.clip(cfg.grad_clip)
-            if cfg.schedule != "plateau":
-                lr = lr_at(progress.step, total, cosine)
-                set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
-            optimizer.step()
-            flat.zero_grad()
-            loss_sums.append(loss.detach())
-            outputs.append((logits.detach(), y))
-            progress.step += 1
-            bar.update()
+        lrs = [0.0 if watch.stopped else watch.lr for watch in watches]
+        order = shuffled(len(task.units), seeds, epoch).to(task.units.device)
+        stopping, losses_, outputs, norm = train_epoch(
+            task, cfg, here, flat, optimizer, progress, order, done, total, lrs, stop, bar.update
+        )
         if stopping:
             break
         progress.epoch += 1
         epoch += 1
 
         # ---- the epoch's numbers: the only place where the device is waited for
-        loss_steps = torch.stack(loss_sums)
+        loss_steps = torch.stack(losses_)
         broken = ~torch.isfinite(loss_steps).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
         if broken.any():
             i = int(broken.nonzero()[0, 0]) + done
-            ids = {
-                train.clips[j].id
-                for j in units[order[0, i * group : (i + 1) * group]].flatten().tolist()
-                if j < len(train)
-            }
+            used = task.units[order[0].split(task.a_step * here.world)[i]].flatten().tolist()
+            ids = {train.clips[j].id for j in used if j < len(train)}
             raise UserError(
                 f"epoch {epoch}, step {i}: loss {loss_steps[i - done].tolist()}, gradient norm {norm.tolist()}, "
                 f"lr {optimizer.param_groups[0]['lr']:.3g}, utterances {', '.join(sorted(ids)[:8])}; the last "
@@ -374,12 +304,12 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         say(f"finished: {out / 'checkpoints'}, best epoch {epochs}" + " (early stop)" * (progress.epoch < cfg.epochs))
         warn_overfit(progress.history, say)
         flat.values.copy_(best)
-        results = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        if here.main and cfg.test and len(splits["test"]):
+        results: dict[str, Any] = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        if here.main and cfg.test and len(task.splits["test"]):
             # selection is over: the test split is read here for the first and only time
-            report, logits = sentiment.report(model, splits, cfg.label_scheme, say)
+            report, logits = sentiment.report(model, task.splits, cfg.label_scheme, say)
             place = out / "eval" / "mosei" / progress.best["checkpoint"]
-            sentiment.write(place, report, logits, splits["test"])
+            sentiment.write(place, report, logits, task.splits["test"])
             results |= {"test": report, "test_metrics": plain(report["scores"])}
             log.hparams({k: v for k, v in config.to_dict(cfg).items() if isinstance(v, int | float | str)},
                         {f"hparam/test_{k}": v for k, v in results["test_metrics"].items()})  # fmt: skip
@@ -393,30 +323,147 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
+@dataclass
+class Task:
+    """What is learnt, from what: standardised splits on the device, the model, and how the epoch is cut up."""
+
+    splits: dict[str, Utterances]
+    model: Fusion
+    target: Tensor  # of the train split
+    weight: Tensor | None  # of the classes
+    units: Tensor  # (n, U): utterances, or with context the utterances of whole videos
+    a_step: int  # units a process takes in a step
+    size: int  # bytes of features
+    resident: bool  # they lie on the device
+
+
+def load_task(
+    cfg: Config, folder: Path, seeds: list[int], start: Path | None, here: dist.Ranks, say: Callable[[str], None]
+) -> Task:
+    """Data and model; features are standardised once, by the statistics of the train split or of the checkpoint."""
+    splits = load_splits(folder, cfg.stores, cfg.valid_share, cfg.split_seed, cfg.max_frames, say)
+    train = splits["train"]
+    dims = {m: x.shape[1] for m, x in train.values.items()}
+    frames = {m: max(part.rows[m].shape[1] for part in splits.values()) for m in dims}
+    model = Fusion(cfg.model, dims, frames, seeds)
+    if start is not None:
+        say(f"resumed from {start}: {checkpoint.load_model(model, start)}")
+    elif cfg.ckpt:
+        say(f"weights of {cfg.ckpt}: {load_weights(model, cfg.ckpt)}")
+    elif cfg.model.normalize:
+        for m in dims:
+            model.set_statistics(m, *statistics(train.values[m]))
+    for part in splits.values():
+        sentiment.standardize(part, model)
+    size = sum(x.nbytes for part in splits.values() for x in (*part.values.values(), *part.rows.values()))
+    resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and fits(size, here))
+    if resident:
+        splits = {name: part.to(here.device) for name, part in splits.items()}
+        train = splits["train"]
+    target = train.targets(cfg.model.head, cfg.label_scheme)
+    if cfg.shuffle_labels:
+        dealt = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed))
+        target = torch.cat([target[:-1][dealt.to(target.device)], target[-1:]])
+    weight = class_weights(target, cfg)
+    units = train.members if cfg.model.context == "video" else torch.arange(len(train), device=train.device)[:, None]
+    # with context a step takes whole videos, as many as hold about batch_size utterances
+    a_step = max(1, round(cfg.batch_size * len(units) / len(train)))
+    counts = ", ".join(f"{len(part)} {name}" for name, part in splits.items())
+    videos = ", ".join(str(len(part.members)) for part in splits.values())
+    say(f"{counts} utterances of {videos} videos; " + ", ".join(f"{m} {frames[m]} x {dims[m]}" for m in dims))
+    weight = weight if weight is None else weight.to(here.device)
+    return Task(splits, model.to(here.device), target, weight, units, a_step, size, resident)
+
+
+def shuffled(n: int, seeds: list[int], epoch: int) -> Tensor:
+    """Each seed's order of n units in an epoch (K, n), the same alone and among other seeds."""
+    generators = (torch.Generator().manual_seed(seed * 1_000_003 + epoch) for seed in seeds)
+    return torch.stack([torch.randperm(n, generator=generator) for generator in generators])
+
+
+def train_epoch(
+    task: Task, cfg: Config, here: dist.Ranks, flat: Flat, optimizer: torch.optim.Optimizer, progress: Progress,
+    order: Tensor, done: int, total: int, lrs: list[float], stop: dist.Stop, tick: Callable[[], Any],
+) -> tuple[bool, list[Tensor], list[tuple[Tensor, Tensor]], Tensor]:  # fmt: skip
+    """The steps of an epoch from `done` on: whether a stop was asked for, losses (K,) a step, outputs, the last norm.
+
+    Nothing in here waits for the device.
+    """
+    cosine = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
+                         schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    losses_: list[Tensor] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
+    norm = flat.grads.new_zeros(len(order))
+    set_lrs(optimizer, lrs)
+    for x, mask, index, y, rows in steps(task, order, done, here):
+        if stop.orphaned():
+            raise SystemExit("torchrun is gone: this rank stops")
+        if dist.all_sum(stop.requested, device=here.device)[0]:
+            return True, losses_, outputs, norm
+        logits, loss, extra = step_loss(task, x, mask, index, y, rows, cfg)
+        (loss + extra).sum().backward()
+        if here.world > 1:
+            torch.distributed.all_reduce(flat.grads)
+        norm = flat.clip(cfg.grad_clip)
+        if cfg.schedule != "plateau":
+            lr = lr_at(progress.step, total, cosine)
+            set_lrs(optimizer, [lr if old else 0.0 for old in lrs])
+        optimizer.step()
+        flat.zero_grad()
+        losses_.append(loss.detach())
+        outputs.append((logits.detach(), y))
+        progress.step += 1
+        tick()
+    return False, losses_, outputs, norm
+
+
+def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tuple]:
+    """Frames, masks, indices (K, B), targets and the number of rows over all ranks (K,) of each step from `done` on.
+
+    Many small steps are gathered together: a slice of what is there costs a tenth of a gather of its own.
+    """
+    train, longest = task.splits["train"], task.units.shape[1]
+    chunks = order.split(task.a_step * here.world, 1)[done:]
+    a_step = sum(rows.shape[1] * train.values[m].shape[1] * 4 for m, rows in train.rows.items()) * order[:, 0].numel()
+    together = max(1, GATHERED // (a_step * longest * task.a_step))
+    for first in range(0, len(chunks), together):
+        part = chunks[first : first + together]
+        whole = known(task.target[task.units[torch.cat(part, 1)].flatten(1)])
+        ends = torch.tensor([chunk.shape[1] * longest for chunk in part]).cumsum(0).to(whole.device)
+        rows = whole.cumsum(1)[:, ends - 1].diff(prepend=whole.new_zeros(len(whole), 1, dtype=torch.long))
+        own = [chunk[:, here.rank :: here.world] for chunk in part]
+        sizes = [chunk.shape[1] * longest for chunk in own]
+        index = task.units[torch.cat(own, 1)].flatten(1)
+        x, mask = ({m: v.to(here.device).split(sizes, 1) for m, v in half.items()} for half in train.gather(index))
+        y = task.target[index].to(here.device).split(sizes, 1)
+        rows = rows.clamp_min(1).to(here.device).unbind(1)
+        for i, at in enumerate(index.split(sizes, 1)):
+            yield {m: v[i] for m, v in x.items()}, {m: v[i] for m, v in mask.items()}, at, y[i], rows[i]
+
+
 def step_loss(
-    model: Fusion, data: Utterances, index: Tensor, y: Tensor, rows: Tensor, weight: Tensor | None, longest: int,
-    cfg: Config, amp: Callable, device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    task: Task, x: dict[str, Tensor], mask: dict[str, Tensor], index: Tensor, y: Tensor, rows: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (K, B, C), each seed's part (K,) of the mean loss over the step's `rows`, and of the auxiliary losses."""
-    x, mask = data.gather(index)
-    x, mask = ({m: value.to(device, non_blocking=True) for m, value in part.items()} for part in (x, mask))
     if cfg.feature_noise:
         x = {m: value + cfg.feature_noise * torch.randn_like(value) for m, value in x.items()}
     if cfg.model.hide:
         mask = hide(mask, cfg.model.hide)
     if cfg.feature_noise or cfg.model.hide:
         x = {m: torch.where(mask[m][..., None], value, 0.0) for m, value in x.items()}
-    videos = (
-        (longest, (index < len(data)).to(device).unflatten(1, (-1, longest))) if cfg.model.context == "video" else None
-    )
-    with amp():
-        logits, alone = model.logits(x, mask, videos)
+    videos = None
+    if cfg.model.context == "video":
+        there = (index < len(task.splits["train"])).to(y.device)
+        videos = (task.units.shape[1], there.unflatten(1, (-1, task.units.shape[1])))
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and y.is_cuda):
+        logits, alone = task.model.logits(x, mask, videos)
     head = cfg.model.head
-    loss = losses(logits.float(), y, head, weight, cfg.label_smoothing)
-    extra = torch.zeros_like(loss)
-    for m, out in alone.items():
-        extra = extra + losses(out.float(), y, head, weight, cfg.label_smoothing) * mask[m].any(-1)
-    return logits, loss.sum(1) / rows, cfg.model.unimodal * extra.sum(1) / rows
+    loss = losses(logits.float(), y, head, task.weight, cfg.label_smoothing)
+    extra = [
+        losses(out.float(), y, head, task.weight, cfg.label_smoothing) * mask[m].any(-1) for m, out in alone.items()
+    ]
+    added = cfg.model.unimodal * torch.stack(extra).sum((0, 2)) / rows if extra else torch.zeros_like(rows)
+    return logits, loss.sum(1) / rows, added
 
 
 def hide(mask: dict[str, Tensor], chance: float) -> dict[str, Tensor]:

@@ -48,7 +48,8 @@ class Flat:
     def clip(self, most: float) -> Tensor:
         """Gradient norm of each seed (K,), after which gradients are scaled down to `most` (0: left alone)."""
         norm = self.grads.norm(dim=1)
-        if most > 0:
+        # on a CPU it costs nothing to look, and a pass over all gradients to multiply by 1
+        if most > 0 and (norm.is_cuda or bool((norm > most).any())):
             self.grads.mul_((most / (norm + 1e-6)).clamp(max=1.0)[:, None])
         return norm
 

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Store:
     def __getitem__(self, id: str) -> Tensor:
         raise NotImplementedError  # each layout reads its own files
 
+    def take(self, ids: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """The frames of many clips in pieces (n, D), in the clips' order, and how many frames each has."""
+        parts = [torch.atleast_2d(self[id]) for id in ids]
+        return parts, [len(part) for part in parts]
+
     def check(self, ids: Iterable[str] | None = None) -> None:
         """Raise UserError at the first clip with a NaN or infinite value; reading by id does not look for them."""
         for id in self.ids if ids is None else ids:
@@ -74,6 +79,35 @@ class FeatureStore(Store):
             return tensors["rows"][row].clone()
         first, last = tensors["offsets"][row : row + 2].tolist()
         return tensors["values"][first:last].clone()
+
+    def take(self, ids: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """The frames of many clips in pieces (n, D), one for neighbours in a shard, and how many frames each has."""
+        parts: list[Tensor] = []
+        lengths: list[int] = []
+        run: list[int] = []  # shard, first and last row of the piece at hand
+
+        def read() -> None:
+            if run:
+                tensors = self._shards.get(run[0]) or self._open(run[0])
+                if "rows" in tensors:
+                    rows = tensors["rows"][run[1] : run[2]]
+                    size = 1 if rows.ndim == 2 else rows.shape[1]
+                    parts.append(rows.reshape(-1, rows.shape[-1]))
+                    lengths.extend([size] * len(rows))
+                else:
+                    at = tensors["offsets"][run[1] : run[2] + 1]
+                    parts.append(tensors["values"][at[0] : at[-1]])
+                    lengths.extend(at.diff().tolist())
+
+        for id in ids:
+            shard, row = self._rows[id]
+            if run and (shard, row) == (run[0], run[2]):
+                run[2] += 1
+            else:
+                read()
+                run = [shard, row, row + 1]
+        read()
+        return parts, lengths
 
     def _open(self, shard: int) -> dict[str, Tensor]:
         """The tensors of a shard, mapped: only the pages of rows that are asked for are read."""

@@ -120,15 +120,14 @@ def load(clips: Sequence[Clip], kind: str, stores: dict[str, FeatureStore | NpyF
     """The utterances of `clips`, in their order."""
     values, rows = {}, {}
     for m, store in stores.items():
-        frames = [torch.atleast_2d(store[clip.id])[:max_frames].float() if clip.id in store else None for clip in clips]
-        lengths = [0 if x is None else len(x) for x in frames]
-        dim = store.dim
-        values[m] = torch.cat([*(x for x in frames if x is not None), torch.zeros(1, dim)])
-        starts = torch.tensor([0, *lengths]).cumsum(0)
+        pieces, found = store.take([clip.id for clip in clips if clip.id in store])
+        each = iter(found)
+        lengths = torch.tensor([next(each) if clip.id in store else 0 for clip in clips] + [0])
+        values[m] = torch.cat([*(piece.float() for piece in pieces), torch.zeros(1, store.dim)])
         none = len(values[m]) - 1
-        place = torch.arange(max([1, *lengths]))
-        known = place < torch.tensor([*lengths, 0])[:, None]
-        rows[m] = torch.where(known, starts[:, None] + place, none)
+        place = torch.arange(max(1, min(max_frames, int(lengths.max()))))
+        starts = lengths.cumsum(0) - lengths
+        rows[m] = torch.where(place < lengths[:, None], starts[:, None] + place, none)
         there = (values[m] != 0).any(-1)  # a frame of zeros is a lost one
         rows[m] = torch.where(there[rows[m]], rows[m], none)
     nan = float("nan")

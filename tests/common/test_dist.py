@@ -182,7 +182,7 @@ def fail_on(rank):
     here = dist.setup("cpu")
     if here.rank == rank:
         raise ValueError("of this rank alone")
-    dist.barrier()  # the others wait in vain
+    time.sleep(60)  # the others wait in vain: in a collective they could be told first that their peer is gone
 
 
 def test_ranks_fails_with_the_traceback_of_a_rank(ranks):

@@ -1,0 +1,368 @@
+"""Speed of train_mosei.py's loop beside a DataLoader's, of seeds side by side, and of opening data; all in one run.
+
+Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network, seven classes. The variants take
+turns, and each round gives one value of every ratio; the table has the medians over rounds.
+
+ours          what train_mosei.py does in a step: gather by index, loss, backward, clip, fused AdamW
+DataLoader    the same step on batches of a Dataset of one dict of tensors a row and the default collate; like ours
+              without the guide's loss.item() a step, so the gap to the guide's own trainer is wider
+floor         forward, loss, backward and AdamW on one batch that never changes: what no data path can beat
+overhead      (epoch - floor) / epoch
+
+$ python bench/mosei.py
+"""
+
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+if not __package__:  # run by path: start again as a module, so that the repository is found and not bench/
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    again = [sys.executable, "-P", "-m", "bench.mosei", *sys.argv[1:]]
+    os.execve(sys.executable, again, os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common import dist
+from common.config import opt, run
+from common.flat import Flat
+from data import unpickle
+from data.manifest import Clip
+from data.mosei import open_corpus
+from data.utterances import Utterances, load_splits
+from model.fusion import Fusion, FusionConfig, known, losses
+
+DIMS = {"text": 768, "audio": 768, "video": 25}
+SEQUENCES = {"text": (768, np.float32), "audio": (74, np.float64), "vision": (35, np.float64)}  # MMSA's aligned_50
+FRAMES = 50
+LR, DECAY, CLIP = 1e-4, 1e-5, 1.0  # the guide's
+RESULTS = Path(__file__).with_name("RESULTS.md")
+RARE = 3  # a slow variant takes part in every third round
+WARM = 20  # steps of each variant before the first round
+
+
+@dataclass
+class Config:
+    rows: int = opt(16_326, "utterances of an epoch", "--rows")
+    pickle_rows: int = opt(4_000, "utterances of the pickle; 0 leaves that part out", "--pickle-rows")
+    repeats: int = opt(7, "rounds; of the slow variants, worker processes and files, a third as many", "--repeats")
+    num_workers: list[int] = opt([0, 4], "worker processes of the DataLoaders", "--num-workers")
+    threads: int = opt(1, "threads of PyTorch", "--threads")
+    device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    write: bool = opt(True, "append to bench/RESULTS.md", "--write")
+
+
+class Loop:
+    """A model of K seeds, its data and optimiser, as train_mosei.py builds them."""
+
+    def __init__(self, data: Utterances, batch: int, seeds: int, device: torch.device, bf16: bool = False) -> None:
+        self.data, self.batch, self.device = data, batch, device
+        self.model = Fusion(FusionConfig(model="mlp"), DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
+        self.flat = Flat(self.model)
+        self.optimizer = self.flat.adamw(LR, DECAY)
+        self.amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        self.target = data.targets("7", "half_even")
+        self.units = torch.arange(len(data), device=device)[:, None]
+        self.steps = math.ceil(len(data) / batch)
+        self.seeds = seeds
+
+    def step(self, data: Any, index: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of a step, written as in train_mosei.py."""
+        x, mask = data.gather(index)
+        x, mask = ({m: value.to(self.device, non_blocking=True) for m, value in part.items()} for part in (x, mask))
+        with self.amp():
+            logits, alone = self.model.logits(x, mask)
+        loss = losses(logits.float(), y, "7", None)
+        extra = torch.zeros_like(loss)
+        for m, out in alone.items():
+            extra = extra + losses(out.float(), y, "7", None) * mask[m].any(-1)
+        loss, extra = loss.sum(1) / rows, self.model.cfg.unimodal * extra.sum(1) / rows
+        (loss + extra).sum().backward()
+        self.flat.clip(CLIP)
+        self.optimizer.step()
+        self.flat.zero_grad()
+        return logits.detach(), loss.detach()
+
+    def ours(self, steps: int) -> None:
+        """An epoch, or its first `steps`, with the calls of train_mosei.py's loop."""
+        orders = [
+            torch.randperm(len(self.units), generator=torch.Generator().manual_seed(k)) for k in range(self.seeds)
+        ]
+        order = torch.stack(orders).to(self.device)
+        loss_sums, outputs = [], []
+        for i in range(min(steps, self.steps)):
+            chosen = order[:, i * self.batch : (i + 1) * self.batch]
+            y = self.target[self.units[chosen].flatten(1)]
+            rows = known(y).sum(1).clamp_min(1).to(self.device)
+            index = self.units[chosen[:, 0::1]].flatten(1)
+            y = self.target[index].to(self.device)
+            logits, loss = self.step(self.data, index, y, rows)
+            loss_sums.append(loss)
+            outputs.append((logits, y))
+        torch.stack(loss_sums).sum().item()
+
+    def loader(self, loader: DataLoader, steps: int) -> None:
+        """The same with batches of a DataLoader."""
+        loss_sums, outputs = [], []
+        for batch in islice(loader, steps):
+            batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            y = batch.pop("label")[None]
+            rows = known(y).sum(1).clamp_min(1)
+            logits, loss = self.step(Given(batch), y, y, rows)
+            loss_sums.append(loss)
+            outputs.append((logits, y))
+        torch.stack(loss_sums).sum().item()
+
+    def floor(self, steps: int) -> None:
+        """Forward, loss, backward and AdamW on one batch."""
+        index = (torch.arange(self.batch, device=self.device) % len(self.data)).expand(self.seeds, -1)
+        x, mask = self.data.gather(index)
+        y = self.target[index]
+        loss = torch.zeros(())
+        for _ in range(min(steps, self.steps)):
+            with self.amp():
+                logits = self.model.logits(x, mask)[0]
+            loss = losses(logits.float(), y, "7", None).mean(1).sum()
+            loss.backward()
+            self.optimizer.step()
+            self.flat.zero_grad()
+        loss.item()
+
+
+class Given:
+    """A batch that is there already, where Utterances would gather one."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.x = {m: value[None, :, None] for m, value in batch.items()}
+
+    def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.x, {m: value.new_ones(value.shape[:3], dtype=torch.bool) for m, value in self.x.items()}
+
+
+class Rows(Dataset):
+    """One utterance at a time, as most training scripts have it."""
+
+    def __init__(self, data: Utterances) -> None:
+        self.values = {m: x.cpu() for m, x in data.values.items()}
+        self.target = data.targets("7", "half_even").cpu()
+
+    def __len__(self) -> int:
+        return len(self.target) - 1
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {m: x[i] for m, x in self.values.items()} | {"label": self.target[i]}
+
+
+def random_utterances(rows: int) -> Utterances:
+    """Standardised features without signal, one frame of each modality an utterance."""
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        m: torch.cat([torch.randn(rows, dim, generator=generator), torch.zeros(1, dim)]) for m, dim in DIMS.items()
+    }
+    frames = torch.arange(rows + 1)[:, None]
+    score = torch.randint(-3, 4, (rows,), generator=generator).float()
+    members = torch.arange(rows)[:, None]
+    clips = [Clip(str(i)) for i in range(rows)]
+    places = dict.fromkeys(DIMS, frames)
+    return Utterances(clips, "score", score, torch.full((rows, 6), torch.nan), values, places, members)
+
+
+Times = dict[str, list[float]]
+
+
+def alternate(variants: dict[str, tuple[Callable[[int], None], int, bool]], repeats: int) -> Times:
+    """ms a step of each variant (epoch, steps, whether slow) in each round; the order turns round every time."""
+    times: Times = {name: [] for name in variants}
+    for epoch, *_ in variants.values():
+        epoch(WARM)
+    for round in range(repeats):
+        names = list(variants)[:: 1 if round % 2 else -1]
+        for name in names:
+            epoch, steps, slow = variants[name]
+            if slow and round % RARE:
+                continue
+            began = time.perf_counter()
+            epoch(steps)
+            times[name].append(1000 * (time.perf_counter() - began) / steps)
+    return times
+
+
+def spread(values: list[float]) -> str:
+    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def pairs(times: Times, a: str, b: str) -> list[tuple[float, float]]:
+    """Times of two variants in the rounds that both have."""
+    rounds = min(len(times[a]), len(times[b]))
+    x, y = (times[name][:: RARE if len(times[name]) > rounds else 1] for name in (a, b))
+    return list(zip(x, y, strict=True))
+
+
+def training(cfg: Config, device: torch.device, bf16: bool) -> list[tuple[str, str]]:
+    """Rows of the table: ms a step and ratios of the ways to train."""
+    data = random_utterances(cfg.rows)
+    here = data.to(device)
+    variants: dict[str, tuple[Callable[[int], None], int, bool]] = {}
+    peers = {batch: [f"DataLoader, {n} workers, batch {batch}" for n in cfg.num_workers] for batch in (16, 512)}
+    for batch, names in peers.items():
+        loop, peer = (Loop(here, batch, 1, device, bf16) for _ in range(2))
+        variants[f"ours, batch {batch}"] = (loop.ours, loop.steps, False)
+        variants[f"floor, batch {batch}"] = (loop.floor, loop.steps, False)
+        for name, workers in zip(names, cfg.num_workers, strict=True):
+            source = DataLoader(Rows(data), batch, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+            variants[name] = (partial(peer.loader, source), peer.steps, workers > 0)
+    five = Loop(here, 16, 5, device, bf16)
+    variants["5 seeds at once, batch 16"] = (five.ours, five.steps, False)
+    times = alternate(variants, cfg.repeats)
+
+    table = [(f"{name}: ms a step", spread(values)) for name, values in times.items()]
+    for batch, names in peers.items():
+        ours, floor = f"ours, batch {batch}", f"floor, batch {batch}"
+        for name in (ours, *names):
+            share = [(x - y) / x for x, y in pairs(times, name, floor)]
+            table.append((f"{name}: overhead, share of an epoch", spread(share)))
+        own = median(x - y for x, y in pairs(times, ours, floor))
+        for name in names:
+            table.append((f"{name}: epoch, times ours", spread([x / y for x, y in pairs(times, name, ours)])))
+            extra = median(x - y for x, y in pairs(times, name, floor))
+            table.append((f"{name}: overhead, times ours", f"{extra / own:.3g}"))
+    both = pairs(times, "ours, batch 16", "5 seeds at once, batch 16")
+    return [*table, ("5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both]))]
+
+
+# --- opening data -----------------------------------------------------------------------------------------------------
+
+
+def write_pickle(path: Path, rows: int) -> None:
+    """A pickle laid out like MMSA's aligned_50.pkl: random, 5 to 50 frames an utterance, zeros after them."""
+    rng = np.random.default_rng(0)
+    corpus = {}
+    for split, share in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        n = round(rows * share)
+        there = np.arange(FRAMES) < rng.integers(5, FRAMES + 1, n)[:, None]
+        part: dict[str, Any] = {
+            name: rng.standard_normal((n, FRAMES, dim), np.float32).astype(kind) * there[..., None].astype(kind)
+            for name, (dim, kind) in SEQUENCES.items()
+        }
+        part["text_bert"] = np.stack([there * 100, there, there * 0], 1).astype(np.int64)
+        part["id"] = [f"{split}{i // 5}$_${i % 5}" for i in range(n)]
+        part["raw_text"] = np.array([f"words {i}" for i in range(n)])
+        part["regression_labels"] = rng.uniform(-3, 3, n)
+        corpus[split] = part
+    with path.open("wb") as file:
+        pickle.dump(corpus, file, protocol=4)
+
+
+def load_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        pickle.load(file)
+
+
+def load_as_mmsa(path: Path) -> list[np.ndarray]:
+    """What MMSA keeps of the file: every split from a reading of its own, its features as float32."""
+    kept = []
+    for split in ("train", "valid", "test"):
+        with path.open("rb") as file:
+            part = pickle.load(file)[split]
+        kept += [part[name].astype(np.float32) for name in (*SEQUENCES, "text_bert")]
+    return kept
+
+
+def load_store(path: Path) -> None:
+    load_splits(path, {}, 0.1, 0, 500, lambda _: None)
+
+
+def convert(path: Path) -> None:
+    open_corpus(path, lambda _: None)
+
+
+def measured(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    """ms that load(path) takes and MiB that memory grows at most, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure, load, path).result()
+
+
+def _measure(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before, began = _memory("VmRSS"), time.perf_counter()
+    load(path)
+    return 1000 * (time.perf_counter() - began), _memory("VmHWM") - before
+
+
+def _memory(name: str) -> float:
+    """MiB, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def opening(cfg: Config) -> list[tuple[str, str]]:
+    """Rows of the table: a pickle read whole, by ours and by the standard library, and its converted form."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "aligned_50.pkl")
+        write_pickle(path, cfg.pickle_rows)
+        size = path.stat().st_size / 2**20
+        once = measured(convert, path)
+        ways = {
+            "pickle.load": (load_pickle, path),
+            "data.unpickle.load": (unpickle.load, path),
+            "MMSA's three readings": (load_as_mmsa, path),
+            "converted store, ready to train": (load_store, Path(f"{path}.store")),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for _ in range(max(1, cfg.repeats // RARE)):
+            for name, (load, place) in ways.items():
+                found[name].append(measured(load, place))
+    table = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
+             ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
+    for name, values in found.items():
+        ms, peak = ([value[i] for value in values] for i in range(2))
+        table.append((f"{name}: ms; peak MiB", f"{spread(ms)}; {median(peak):.0f}"))
+    for name in list(ways)[:3]:
+        both = list(zip(found[name], found["converted store, ready to train"], strict=True))
+        time_ratio, memory_ratio = (spread([x[i] / y[i] for x, y in both]) for i in range(2))
+        table.append((f"{name}, times converted store: time; peak", f"{time_ratio}; {memory_ratio}"))
+    return table
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> None:
+    torch.set_num_threads(cfg.threads)
+    device = dist.ranks(cfg.device).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    lines = [
+        f"## bench/mosei.py, {time.strftime('%Y-%m-%d')}", "",
+        f"{name}, {cfg.threads} threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}; "
+        f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)", "",
+    ]  # fmt: skip
+    parts = [("fp32", partial(training, cfg, device, False))]
+    if device.type == "cuda":
+        parts.append(("bf16", partial(training, cfg, device, True)))
+    if cfg.pickle_rows:
+        parts.append(("opening data", partial(opening, cfg)))
+    for title, part in parts:
+        lines += [f"| {title} | |", "|---|---|", *(f"| {what} | {value} |" for what, value in part()), ""]
+    print("\n".join(lines))
+    if cfg.write:
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write("\n".join(["", *lines]))
+
+
+if __name__ == "__main__":
+    run(Config, main)

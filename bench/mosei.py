@@ -3,10 +3,10 @@
 Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network, seven classes. The variants take
 turns, and each round gives one value of every ratio; the table has the medians over rounds.
 
-ours          what train_mosei.py does in a step: gather by index, loss, backward, clip, fused AdamW
-DataLoader    the same step on batches of a Dataset of one dict of tensors a row and the default collate; like ours
+ours          an epoch by train_mosei.py's own train_epoch
+DataLoader    the same steps on batches of a Dataset of one dict of tensors a row and the default collate; like ours
               without the guide's loss.item() a step, so the gap to the guide's own trainer is wider
-floor         forward, loss, backward and AdamW on one batch that never changes: what no data path can beat
+floor         forward, loss, backward, clipping and AdamW on one batch that never changes: no data path can beat it
 overhead      (epoch - floor) / epoch
 
 $ python bench/mosei.py
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import train_mosei
 from common import dist
 from common.config import opt, run
 from common.flat import Flat
@@ -45,12 +46,11 @@ from data import unpickle
 from data.manifest import Clip
 from data.mosei import open_corpus
 from data.utterances import Utterances, load_splits
-from model.fusion import Fusion, FusionConfig, known, losses
+from model.fusion import Fusion, FusionConfig, known
 
 DIMS = {"text": 768, "audio": 768, "video": 25}
 SEQUENCES = {"text": (768, np.float32), "audio": (74, np.float64), "vision": (35, np.float64)}  # MMSA's aligned_50
 FRAMES = 50
-LR, DECAY, CLIP = 1e-4, 1e-5, 1.0  # the guide's
 RESULTS = Path(__file__).with_name("RESULTS.md")
 RARE = 3  # a slow variant takes part in every third round
 WARM = 20  # steps of each variant before the first round
@@ -68,90 +68,65 @@ class Config:
 
 
 class Loop:
-    """A model of K seeds, its data and optimiser, as train_mosei.py builds them."""
+    """A task and its optimiser, as train_mosei.py builds them."""
 
     def __init__(self, data: Utterances, batch: int, seeds: int, device: torch.device, bf16: bool = False) -> None:
-        self.data, self.batch, self.device = data, batch, device
-        self.model = Fusion(FusionConfig(model="mlp"), DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
-        self.flat = Flat(self.model)
-        self.optimizer = self.flat.adamw(LR, DECAY)
-        self.amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-        self.target = data.targets("7", "half_even")
-        self.units = torch.arange(len(data), device=device)[:, None]
+        self.cfg = train_mosei.Config(
+            model=FusionConfig(model="mlp"), batch_size=batch, precision="bf16" if bf16 else "fp32"
+        )
+        self.here, self.seeds = dist.Ranks(device=device), seeds
+        model = Fusion(self.cfg.model, DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
+        units = torch.arange(len(data), device=device)[:, None]
+        target = data.targets("7", "half_even")
+        self.task = train_mosei.Task({"train": data}, model, target, None, units, batch, 0, True)
+        self.flat = Flat(model)
+        self.optimizer = self.flat.adamw(self.cfg.lr, self.cfg.weight_decay)
         self.steps = math.ceil(len(data) / batch)
-        self.seeds = seeds
+        self.stop = dist.Stop()
+        self.stop.release()
 
-    def step(self, data: Any, index: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss of a step, written as in train_mosei.py."""
-        x, mask = data.gather(index)
-        x, mask = ({m: value.to(self.device, non_blocking=True) for m, value in part.items()} for part in (x, mask))
-        with self.amp():
-            logits, alone = self.model.logits(x, mask)
-        loss = losses(logits.float(), y, "7", None)
-        extra = torch.zeros_like(loss)
-        for m, out in alone.items():
-            extra = extra + losses(out.float(), y, "7", None) * mask[m].any(-1)
-        loss, extra = loss.sum(1) / rows, self.model.cfg.unimodal * extra.sum(1) / rows
+    def ours(self, steps: int) -> None:
+        """An epoch, or its first `steps`."""
+        order = train_mosei.shuffled(len(self.task.units), list(range(self.seeds)), 0).to(self.here.device)
+        losses = train_mosei.train_epoch(
+            self.task, self.cfg, self.here, self.flat, self.optimizer, train_mosei.Progress(),
+            order[:, : steps * self.task.a_step], 0, self.steps, [self.cfg.lr] * self.seeds, self.stop, int,
+        )[1]  # fmt: skip
+        torch.stack(losses).sum().item()
+
+    def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of one step on these frames."""
+        logits, loss, extra = train_mosei.step_loss(self.task, x, mask, y, y, rows, self.cfg)
         (loss + extra).sum().backward()
-        self.flat.clip(CLIP)
+        self.flat.clip(self.cfg.grad_clip)
         self.optimizer.step()
         self.flat.zero_grad()
         return logits.detach(), loss.detach()
 
-    def ours(self, steps: int) -> None:
-        """An epoch, or its first `steps`, with the calls of train_mosei.py's loop."""
-        orders = [
-            torch.randperm(len(self.units), generator=torch.Generator().manual_seed(k)) for k in range(self.seeds)
-        ]
-        order = torch.stack(orders).to(self.device)
-        loss_sums, outputs = [], []
-        for i in range(min(steps, self.steps)):
-            chosen = order[:, i * self.batch : (i + 1) * self.batch]
-            y = self.target[self.units[chosen].flatten(1)]
-            rows = known(y).sum(1).clamp_min(1).to(self.device)
-            index = self.units[chosen[:, 0::1]].flatten(1)
-            y = self.target[index].to(self.device)
-            logits, loss = self.step(self.data, index, y, rows)
-            loss_sums.append(loss)
-            outputs.append((logits, y))
-        torch.stack(loss_sums).sum().item()
-
     def loader(self, loader: DataLoader, steps: int) -> None:
         """The same with batches of a DataLoader."""
-        loss_sums, outputs = [], []
+        losses, outputs = [], []
         for batch in islice(loader, steps):
-            batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            batch = {name: x.to(self.here.device, non_blocking=True) for name, x in batch.items()}
             y = batch.pop("label")[None]
-            rows = known(y).sum(1).clamp_min(1)
-            logits, loss = self.step(Given(batch), y, y, rows)
-            loss_sums.append(loss)
+            x = {m: value[None, :, None] for m, value in batch.items()}
+            mask = {m: value.new_ones(value.shape[:3], dtype=torch.bool) for m, value in x.items()}
+            logits, loss = self.update(x, mask, y, known(y).sum(1).clamp_min(1))
+            losses.append(loss)
             outputs.append((logits, y))
-        torch.stack(loss_sums).sum().item()
+        torch.stack(losses).sum().item()
 
     def floor(self, steps: int) -> None:
-        """Forward, loss, backward and AdamW on one batch."""
-        index = (torch.arange(self.batch, device=self.device) % len(self.data)).expand(self.seeds, -1)
-        x, mask = self.data.gather(index)
-        y = self.target[index]
+        """Steps on one batch."""
+        train = self.task.splits["train"]
+        index = (torch.arange(self.task.a_step, device=self.here.device) % len(train)).expand(self.seeds, -1)
+        x, mask = train.gather(index)
+        y = self.task.target[index]
+        rows = known(y).sum(1)
         loss = torch.zeros(())
         for _ in range(min(steps, self.steps)):
-            with self.amp():
-                logits = self.model.logits(x, mask)[0]
-            loss = losses(logits.float(), y, "7", None).mean(1).sum()
-            loss.backward()
-            self.optimizer.step()
-            self.flat.zero_grad()
-        loss.item()
-
-
-class Given:
-    """A batch that is there already, where Utterances would gather one."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.x = {m: value[None, :, None] for m, value in batch.items()}
-
-    def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.x, {m: value.new_ones(value.shape[:3], dtype=torch.bool) for m, value in self.x.items()}
+            loss = self.update(x, mask, y, rows)[1]
+        loss.sum().item()
 
 
 class Rows(Dataset):

@@ -96,10 +96,23 @@ def read_tensors(file: str | os.PathLike, entry: str = "model") -> dict[str, tor
         shard = _open(file)
         return {name: shard.get_tensor(name) for name in shard.keys()}
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_scalars()):  # trainers keep NumPy scores beside their weights
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
-    return {name: tensor for name, tensor in state.get(entry, state).items() if torch.is_tensor(tensor)}
+    state = state.get(entry, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: holds a {type(state).__name__}, not tensors by name")
+    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+def _scalars() -> list:
+    """What a pickled NumPy number is made of; it runs no code."""
+    import numpy as np
+
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "b1")]
+    scalar = np.float64(0).__reduce__()[0]
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
 
 
 def load_strict(

@@ -88,7 +88,7 @@ class Utterances:
 
 
 def _pad(x: Tensor, value: float) -> Tensor:
-    return torch.cat([x, torch.full_like(x[:1], value)])
+    return torch.cat([x, x.new_full((1, *x.shape[1:]), value)])
 
 
 def load_splits(
@@ -138,7 +138,9 @@ def load(clips: Sequence[Clip], kind: str, stores: dict[str, FeatureStore | NpyF
     for i, clip in enumerate(clips):
         videos.setdefault(group_of(clip), []).append(i)
     longest = max(map(len, videos.values()), default=1)
-    members = torch.tensor([[*v, *[len(clips)] * (longest - len(v))] for v in videos.values()]).view(-1, longest)
+    members = torch.tensor([[*v, *[len(clips)] * (longest - len(v))] for v in videos.values()], dtype=torch.long).view(
+        -1, longest
+    )
     return Utterances(list(clips), kind, score, emotions, values, rows, members)
 
 

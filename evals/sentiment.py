@@ -17,7 +17,7 @@ from common import metrics, probe
 from common.config import UserError
 from common.log import confusion_png
 from data.utterances import Utterances, level
-from model.fusion import HEADS, Fusion, losses, masked_mean, probabilities, scores
+from model.fusion import HEADS, Fusion, known, losses, masked_mean, probabilities, scores
 
 DRAWS = 1000  # of the bootstrap
 RATES = tuple(i / 10 for i in range(10))
@@ -167,7 +167,9 @@ def summary(each: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def intervals(logits: Tensor, data: Utterances, head: str, scheme: str) -> dict[str, tuple[float, float]]:
     """95 % bootstrap interval of every number, over DRAWS draws of whole videos and of one of the seeds each."""
     rng = np.random.default_rng(0)
-    videos = [row[row < len(data)].cpu() for row in data.members]
+    there = known(data.targets(head, scheme)[None])[0]  # the last row, for padding, is never known
+    # a video without a target can decide nothing, and draws of those alone could not be scored
+    videos = [row[row < len(data)].cpu() for row in data.members if there[row].any()]
     drawn: list[dict[str, Any]] = []
     for _ in range(DRAWS):
         index = torch.cat([videos[i] for i in rng.integers(len(videos), size=len(videos))])

@@ -391,12 +391,19 @@ class Fusion(nn.Module):
         for m, dim in self.dims.items():
             value = given.get(m, some.new_zeros(some.shape[0], dim))
             value = value[:, None] if value.ndim == 2 else value
-            standard, there = self.standardize(m, value)
+            standard, there = (part[:, : self.frames[m]] for part in _in_front(*self.standardize(m, value)))
             x[m], mask[m] = standard.expand(k, -1, -1, -1), there.expand(k, -1, -1)
         n = some.shape[0]  # not len(), which torch.export would take for a constant
         whole = (n, torch.ones(k, 1, n, dtype=torch.bool, device=some.device))
         out = self.logits(x, mask, whole if self.context is not None else None)[0]
         return out[0] if k == 1 else out
+
+
+def _in_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames (B, T, D) and mask (B, T) turned so that each row's first frame is in place 0, as in training."""
+    t = mask.shape[1]
+    turn = (torch.arange(t, device=mask.device) + mask.int().argmax(1, keepdim=True)) % t
+    return x.gather(1, turn[..., None].expand_as(x)), mask.gather(1, turn)
 
 
 def probabilities(logits: Tensor, head: str) -> Tensor:
@@ -474,4 +481,5 @@ def load_original(model: Fusion, path: str) -> str:
     with torch.no_grad():
         for name, p in wanted.items():
             p.copy_(tensors[name].expand_as(p))
+    model.cfg.normalize = False  # the guide's network reads features as they are
     return f"{len(tensors)}/{len(wanted)} tensors"

@@ -133,7 +133,7 @@ def test_a_lost_frame_keeps_its_place(parts):
 
 
 def test_standardising_replaces_frames_in_place(parts):
-    clips, stores, frames = parts
+    clips, stores, _ = parts
     data = load(clips, "score", stores, 500)
     index = torch.arange(len(clips) + 1)[None]
     before, mask = data.gather(index)
@@ -224,7 +224,7 @@ def test_targets_of_emotions(parts):
 
 def test_a_label_that_is_no_number(parts):
     clip = Clip("x", label="happy", where="rows.csv:7")
-    with pytest.raises(UserError, match="rows.csv:7: label 'happy' is not a number"):
+    with pytest.raises(UserError, match=r"rows\.csv:7: label 'happy' is not a number"):
         load([clip], "score", parts[1], 500)
 
 

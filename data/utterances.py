@@ -9,8 +9,8 @@ from torch import Tensor
 
 from common.config import UserError
 from data.features import FeatureStore, NpyFolder, open_features
+from data.layouts import MODALITIES, label_kind, read_rows
 from data.manifest import EMOTIONS, Clip, group_of, leak_check, split_by_group
-from data.mosei import MODALITIES, label_kind, read_rows
 
 SCHEMES = ("half_even", "half_away", "cmu")
 

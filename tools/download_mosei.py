@@ -188,7 +188,7 @@ def _manual(cfg: Config, folder: Path) -> None:
     print(f"{folder}: {', '.join(there) or 'nothing there yet'}")
     # a pickle is recognised by its content, all of which must be read for that
     if files and max(map(_size, files)) < BIG:
-        from data.mosei import detect
+        from data.layouts import detect
 
         try:
             print(f"recognised as: {detect(folder)}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.config import UserError
-from data import csd, mosei
+from data import csd, layouts
 
 VIDEOS = ("aa", "bb", "cc", "dd")
 
@@ -100,8 +100,8 @@ def brute(made, video, segment, name):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_words_frames_and_labels_against_a_plain_loop(tmp_path, seed):
     made = corpus(tmp_path, seed)
-    assert mosei.detect(tmp_path) == "csd"
-    found = mosei.read(tmp_path)
+    assert layouts.detect(tmp_path) == "csd"
+    found = layouts.read(tmp_path)
     assert not (tmp_path / "made").exists()  # the list of folds is read, not executed
     order = [(video, row) for video in ("aa", "bb", "cc") for row in (1, 0, 2, 3)]  # by start
     assert [clip.id for clip in found.clips] == [f"{video}[{row}]" for video, row in order]
@@ -136,7 +136,7 @@ def test_without_words_the_frames_stay(tmp_path):
     made = corpus(tmp_path)
     (tmp_path / "CMU_MOSEI_TimestampedWords.csd").unlink()
     (tmp_path / "CMU_MOSEI_TimestampedWordVectors.csd").unlink()
-    found = mosei.read(tmp_path)
+    found = layouts.read(tmp_path)
     assert list(found.features) == ["audio", "video"]
     values, intervals = made["FACET 4.2"]["aa"]
     starts = np.array([start for start, _ in clamp(intervals)])
@@ -149,9 +149,9 @@ def test_without_words_the_frames_stay(tmp_path):
 
 def test_vectors_alone_say_where_the_words_are(tmp_path):
     corpus(tmp_path)
-    with_words = mosei.read(tmp_path)
+    with_words = layouts.read(tmp_path)
     (tmp_path / "CMU_MOSEI_TimestampedWords.csd").unlink()
-    found = mosei.read(tmp_path)
+    found = layouts.read(tmp_path)
     assert found.clips[0].text is None
     for m in ("text", "audio", "video"):  # the pauses are rows of zeros
         np.testing.assert_array_equal(found.features[m][1], with_words.features[m][1])
@@ -159,7 +159,7 @@ def test_vectors_alone_say_where_the_words_are(tmp_path):
 
 def test_mosi_has_one_column_of_labels(tmp_path):
     corpus(tmp_path, labels=1)
-    found = mosei.read(tmp_path)
+    found = layouts.read(tmp_path)
     assert found.clips[0].emotions == {}
     assert found.clips[0].label is not None
 
@@ -167,13 +167,13 @@ def test_mosi_has_one_column_of_labels(tmp_path):
 def test_folds_of_a_table_and_of_the_list_that_fits(tmp_path):
     corpus(tmp_path)
     (tmp_path / "cmu_mosi_std_folds.py").write_text("standard_train_fold=['x', 'y']\nstandard_test_fold=['aa']\n")
-    assert {clip.split for clip in mosei.read(tmp_path).clips} == {"train", "valid"}
+    assert {clip.split for clip in layouts.read(tmp_path).clips} == {"train", "valid"}
     (tmp_path / "cmu_mosei_std_folds.py").unlink()
     rows = ["aa,0,0,1,0", "aa,1,1,2,0", "bb,0,0,1,2", "cc,0,0,1,1", "dd,0,0,1,3"]
     table = "".join(f"{i},{row}\n" for i, row in enumerate(rows))
     (tmp_path / "CMU_MOSEI_Labels.csv").write_text(",file,index,start,end,split\n" + table)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    found = mosei.read(tmp_path)
+    found = layouts.read(tmp_path)
     splits = {clip.group: clip.split for clip in found.clips}
     assert splits == {"aa": "train", "cc": "valid", "bb": "test"}
     assert "4 segments of 1 videos are in no fold: excluded" in found.facts["notes"]
@@ -181,7 +181,7 @@ def test_folds_of_a_table_and_of_the_list_that_fits(tmp_path):
 
 def message(folder):
     with pytest.raises(UserError) as error:
-        mosei.read(folder)
+        layouts.read(folder)
     return str(error.value).replace(f"{folder}", "F")
 
 
@@ -213,7 +213,7 @@ def test_one_of_several_files_is_used_and_named(tmp_path):
     write(tmp_path / "CMU_MOSEI_VisualOpenFace2.csd", "OpenFace_2", made["COVAREP"])
     write(tmp_path / "CMU_MOSEI_TimestampedPhones.csd", "phones", made["words"])
     write(tmp_path / "what.csd", "what", made["words"])
-    found = mosei.read(tmp_path)
+    found = layouts.read(tmp_path)
     assert found.features["video"][0].shape[1] == 3
     assert "video: FACET 4.2 (not used: OpenFace_2)" in found.facts["notes"]
     assert "what.csd: neither words, labels nor features by its name: not used" in found.facts["notes"]
@@ -246,8 +246,8 @@ def test_intervals_that_touch_do_not_meet():
 def test_without_h5py_the_message_says_what_to_install(tmp_path):
     corpus(tmp_path)
     code = (
-        "import sys; sys.modules['h5py'] = None\nfrom common.config import UserError\nfrom data import mosei\n"
-        f"try:\n    mosei.read({str(tmp_path)!r})\nexcept UserError as error:\n    print(error)"
+        "import sys; sys.modules['h5py'] = None\nfrom common.config import UserError\nfrom data import layouts\n"
+        f"try:\n    layouts.read({str(tmp_path)!r})\nexcept UserError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stdout == "reading .csd needs h5py: pip install -r requirements-extra.txt\n", done.stderr

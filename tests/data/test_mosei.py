@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.config import UserError
-from data import mosei
+from data import layouts, mosei
 from data.features import FeatureStore
 from data.manifest import Clip, read_manifest, write_manifest
 
@@ -132,8 +132,8 @@ def test_the_guides_index(tmp_path):
     rows[4]["video_features"] = [0.0] * WIDTHS["video"]
     path = index(tmp_path, rows)
     for place in (path, tmp_path):
-        assert mosei.detect(place) == "json"
-        corpus = mosei.read(place)
+        assert layouts.detect(place) == "json"
+        corpus = layouts.read(place)
         assert [clip.id for clip in corpus.clips] == [f"v{i // 2}[{i % 2}]" for i in range(8)]
         assert [clip.group for clip in corpus.clips] == [f"v{i // 2}" for i in range(8)]
         assert [clip.split for clip in corpus.clips] == ["train"] * 4 + ["valid"] * 2 + ["test"] * 2
@@ -150,14 +150,14 @@ def test_the_guides_index(tmp_path):
 def test_utterances_of_a_video_keep_the_order_of_the_file(tmp_path):
     rows = index_rows(6, split="train")
     mixed = [rows[i] for i in (0, 2, 4, 1, 5, 3)]
-    corpus = mosei.read(index(tmp_path, mixed))
+    corpus = layouts.read(index(tmp_path, mixed))
     assert [clip.id for clip in corpus.clips] == ["v0[0]", "v0[1]", "v1[0]", "v1[1]", "v2[0]", "v2[1]"]
     assert corpus.features["text"][5][0] == np.float32(rows[5]["text_features"][0])
 
 
 def test_ids_of_utterances_stay_and_name_their_videos(tmp_path):
     rows = [row | {"video_id": f"abc[{10 - i}]"} for i, row in enumerate(index_rows(3, split="train"))]
-    corpus = mosei.read(index(tmp_path, rows))
+    corpus = layouts.read(index(tmp_path, rows))
     assert [(clip.id, clip.group) for clip in corpus.clips] == [(f"abc[{10 - i}]", "abc") for i in range(3)]
 
 
@@ -178,18 +178,18 @@ def test_a_bad_row_of_the_index_is_named(tmp_path, change, said):
     rows = index_rows(4, split="train")
     rows[1] |= change
     path = index(tmp_path, rows)
-    assert message(mosei.read, path) == f"{path}: {said}"
+    assert message(layouts.read, path) == f"{path}: {said}"
 
 
 def test_labels_are_clipped_and_classes_recognised(tmp_path):
     rows = index_rows(3, split="train")
     for row, label in zip(rows, (-3.5, 3.25, 1.0), strict=True):
         row["label"] = label
-    corpus = mosei.read(index(tmp_path / "a", rows))
+    corpus = layouts.read(index(tmp_path / "a", rows))
     assert ([clip.label for clip in corpus.clips], corpus.facts["clipped"]) == (["-3", "3", "1"], 2)
     for row, label in zip(rows, (0, 6, 3), strict=True):
         row["label"] = label
-    corpus = mosei.read(index(tmp_path / "b", rows))
+    corpus = layouts.read(index(tmp_path / "b", rows))
     assert ([clip.label for clip in corpus.clips], corpus.facts["clipped"]) == (["-3", "3", "0"], 0)
     assert corpus.facts["notes"] == ["labels are the classes 0 to 6: taken as scores -3 to 3"]
 
@@ -201,8 +201,8 @@ def test_npz_of_three_splits(tmp_path):
         arrays[name] |= {"labels": np.array([0, 6, 3, 2]), "sample_ids": np.array(["a[2]", "a[10]", "a[1]", "b[0]"])}
         arrays[name]["sample_ids"] = np.char.add(name, arrays[name]["sample_ids"])
         np.savez_compressed(tmp_path / f"{name}.npz", **arrays[name])
-    assert mosei.detect(tmp_path) == "npz"
-    corpus = mosei.read(tmp_path)
+    assert layouts.detect(tmp_path) == "npz"
+    corpus = layouts.read(tmp_path)
     assert [clip.id for clip in corpus.clips[4:8]] == ["vala[1]", "vala[2]", "vala[10]", "valb[0]"]
     assert [clip.label for clip in corpus.clips[:4]] == ["0", "-3", "3", "-1"]  # of classes 0 to 6
     for m in WIDTHS:
@@ -213,13 +213,13 @@ def test_npz_of_three_splits(tmp_path):
 def test_an_empty_split_is_no_mistake(tmp_path):
     for name, n in (("train", 2), ("test", 0)):
         np.savez(tmp_path / f"{name}.npz", text_features=np.ones((n, 3)), labels=np.ones(n))
-    assert len(mosei.read(tmp_path).clips) == 2
+    assert len(layouts.read(tmp_path).clips) == 2
 
 
 def test_npz_with_unequal_columns_is_not_truncated(tmp_path):
     arrays = {"text_features": np.ones((4, 2)), "audio_features": np.ones((3, 2)), "labels": np.ones(4)}
     np.savez(tmp_path / "train.npz", **arrays)
-    said = message(mosei.read, tmp_path)
+    said = message(layouts.read, tmp_path)
     assert said == f"{tmp_path}/train.npz: columns of unequal lengths: text 4, audio 3, labels 4"
 
 
@@ -228,7 +228,7 @@ def test_one_npz_is_all_for_training(tmp_path):
     arrays = {"text": np.ones((3, 300)), "audio": np.ones((3, 74)), "vision": np.ones((3, 25)), "labels": labels}
     np.savez(tmp_path / "data.npz", **arrays, sample_ids=np.array(["a", "b", None], dtype=object))
     for place in (tmp_path, tmp_path / "data.npz"):
-        corpus = mosei.read(place)
+        corpus = layouts.read(place)
         assert [(clip.split, clip.label) for clip in corpus.clips] == [("train", "-3"), ("train", "2"), ("train", "0")]
         assert {m: corpus.features[m][0].shape for m in corpus.features} == {
             "text": (300,),
@@ -244,7 +244,7 @@ def test_object_arrays_of_npz_execute_nothing(tmp_path):
             return os.system, (f"touch {tmp_path}/made",)
 
     np.savez(tmp_path / "train.npz", text=np.ones((1, 2)), labels=np.ones(1), x=np.array([Attack()], dtype=object))
-    assert "train.npz: refused to load posix.system" in message(mosei.read, tmp_path)
+    assert "train.npz: refused to load posix.system" in message(layouts.read, tmp_path)
     assert not (tmp_path / "made").exists()
 
 
@@ -262,8 +262,8 @@ def npy_folder(folder):
 
 def test_a_folder_of_npy(tmp_path):
     folder = npy_folder(tmp_path)
-    assert mosei.detect(folder) == "npy"
-    corpus = mosei.read(folder)
+    assert layouts.detect(folder) == "npy"
+    corpus = layouts.read(folder)
     assert corpus.label == "polarity"
     # rows are sorted by class; position restores their order
     ids = [f"train-0[{i}]" for i in (2, 4, 6)] + [f"train-1[{i}]" for i in (1, 3, 5)]
@@ -279,8 +279,8 @@ def test_a_folder_of_npy(tmp_path):
 def test_mmsa_pickles(tmp_path, aligned, side):
     data, inside = mmsa(aligned, side)
     path = dump(tmp_path, data)
-    assert mosei.detect(path) == mosei.detect(tmp_path) == "mmsa"
-    corpus = mosei.read(path)
+    assert layouts.detect(path) == layouts.detect(tmp_path) == "mmsa"
+    corpus = layouts.read(path)
     assert corpus.label == "score"
     assert corpus.facts["padding"] == dict.fromkeys(WIDTHS, side)
     assert [clip.id for clip in corpus.clips[:5]] == [
@@ -298,7 +298,7 @@ def test_zero_frames_inside_stay(tmp_path):
     inside["train", "audio"][3][:2] = 0
     data["train"]["vision"][4] = 0
     inside["train", "video"].pop()
-    corpus = mosei.read(dump(tmp_path, data))
+    corpus = layouts.read(dump(tmp_path, data))
     check_frames(corpus, inside, lambda split, i: f"{split}{i // 2}$_${10 - i}")
     assert corpus.features["video"][by_id(corpus)["train2$_$6"]] is None
     assert corpus.facts["features"]["video"]["zero"] == 1
@@ -311,7 +311,7 @@ def test_aligned_modalities_stay_aligned(tmp_path):
     n = next(i for i, x in enumerate(inside["train", "text"]) if len(x) > 2)
     length = len(inside["train", "text"][n])
     data["train"]["vision"][n, 6 - length : 6 - length + 2] = 0  # the face is lost in the first two words
-    corpus = mosei.read(dump(tmp_path, data))
+    corpus = layouts.read(dump(tmp_path, data))
     video = corpus.features["video"][by_id(corpus)[f"trainv[{n}]"]]
     assert len(video) == length
     assert not video[:2].any()
@@ -323,7 +323,7 @@ def test_sims_is_recognised_by_its_labels(tmp_path):
     for part in data.values():
         part["regression_labels"] = (part["regression_labels"] / 3).tolist()
         part["regression_labels_T"] = part["regression_labels"]
-    corpus = mosei.read(dump(tmp_path, data))
+    corpus = layouts.read(dump(tmp_path, data))
     assert corpus.label == "score1"
     assert [clip.label for clip in corpus.clips[:2]] == ["-0.5", "-1"]
 
@@ -331,7 +331,7 @@ def test_sims_is_recognised_by_its_labels(tmp_path):
 def test_unequal_columns_of_a_pickle(tmp_path):
     data, _ = mmsa()
     data["valid"]["regression_labels"] = data["valid"]["regression_labels"][:1]
-    said = message(mosei.read, dump(tmp_path, data))
+    said = message(layouts.read, dump(tmp_path, data))
     assert said.startswith(f"{tmp_path}/data.pkl: valid: columns of unequal lengths: text 2, audio 2, video 2, ")
     assert "regression_labels 1" in said
 
@@ -344,8 +344,8 @@ def test_mult_ids_of_video_and_times(tmp_path, kind):
 
     data, inside = mult(ids)
     path = dump(tmp_path, data)
-    assert mosei.detect(path) == "mult"
-    corpus = mosei.read(path)
+    assert layouts.detect(path) == "mult"
+    corpus = layouts.read(path)
     assert [clip.id for clip in corpus.clips[:5]] == [f"trainv[{i}]" for i in range(5)]
     assert (corpus.clips[0].start, corpus.clips[0].end) == (0.0, 5.0)  # of -0.4
     assert corpus.clips[1].start == pytest.approx(4.6)
@@ -356,22 +356,22 @@ def test_mult_ids_of_video_and_times(tmp_path, kind):
 def test_mult_labels_of_emotions(tmp_path):
     names = lambda split, n: [f"{split}v[{i}]" for i in range(n)]  # noqa: E731
     data, _ = mult(names, lambda n: np.arange(6 * n).reshape(n, 6) % 2)
-    corpus = mosei.read(dump(tmp_path / "a", data))
+    corpus = layouts.read(dump(tmp_path / "a", data))
     assert corpus.clips[0].label is None
     assert corpus.clips[0].emotions == {"happy": 0, "sad": 1, "anger": 0, "surprise": 1, "disgust": 0, "fear": 1}
     data, _ = mult(names, lambda n: np.tile([[[-1.5, 0, 1, 2, 3, 0, 0.5]]], (n, 1, 1)))
-    corpus = mosei.read(dump(tmp_path / "b", data))
+    corpus = layouts.read(dump(tmp_path / "b", data))
     assert corpus.clips[0].label == "-1.5"
     assert corpus.clips[0].emotions == {"happy": 0, "sad": 1, "anger": 2, "surprise": 3, "disgust": 0, "fear": 0.5}
     data, _ = mult(names, lambda n: np.zeros((n, 4, 2)))
-    assert "train: labels have shape (5, 4, 2) of float64" in message(mosei.read, dump(tmp_path / "c", data))
+    assert "train: labels have shape (5, 4, 2) of float64" in message(layouts.read, dump(tmp_path / "c", data))
 
 
 def test_mag_pickles(tmp_path):
     data = mag(lambda spoken: spoken)
     path = dump(tmp_path, data)
-    assert mosei.detect(path) == "mag"
-    corpus = mosei.read(path)
+    assert layouts.detect(path) == "mag"
+    corpus = layouts.read(path)
     assert [(clip.id, clip.split, clip.label) for clip in corpus.clips] == [
         ("trainv[10]", "train", "-0.5"), ("trainv[11]", "train", "0.5"), ("trainv[12]", "train", "1.5"),
         ("devv[12]", "valid", "1.5"), ("testv[11]", "test", "0.5"), ("testv[12]", "test", "1.5"),
@@ -386,12 +386,12 @@ def test_mag_pickles(tmp_path):
 def test_misa_keeps_a_pickle_a_split(tmp_path):
     for split, rows in mag(lambda spoken: rng(1).normal(size=(len(spoken), 4))).items():
         dump(tmp_path, rows, f"{split}.pkl")
-    assert mosei.detect(tmp_path) == "mag"
-    corpus = mosei.read(tmp_path)
+    assert layouts.detect(tmp_path) == "mag"
+    corpus = layouts.read(tmp_path)
     assert [clip.split for clip in corpus.clips] == ["train"] * 3 + ["valid"] + ["test"] * 2
     assert corpus.features["text"][0].shape == (4, 4)
-    assert mosei.detect(tmp_path / "train.pkl") == "mag"
-    ids = mosei.read(dump(tmp_path / "ids", mag(lambda spoken: np.arange(len(spoken)))))
+    assert layouts.detect(tmp_path / "train.pkl") == "mag"
+    ids = layouts.read(dump(tmp_path / "ids", mag(lambda spoken: np.arange(len(spoken)))))
     assert "text" not in ids.features
     assert ids.clips[0].text == "w0 w1 w2 w3"
 
@@ -400,7 +400,7 @@ def test_non_finite_values_are_kept_and_counted(tmp_path):
     data, _ = mmsa()
     data["train"]["audio"][2, 0, 1] = -np.inf
     data["train"]["audio"][3, 0, 1:] = np.nan
-    corpus = mosei.read(dump(tmp_path, data))
+    corpus = layouts.read(dump(tmp_path, data))
     assert corpus.facts["features"]["audio"]["non_finite"] == {"cells": 3, "utterances": 2, "columns": [1, 2]}
     folder = mosei.open_corpus(tmp_path, lambda text: None)
     store = FeatureStore(folder / "audio")
@@ -415,14 +415,19 @@ def test_nothing_there_names_the_train_split_and_a_way_out(tmp_path):
     advice = "; make some with: python tools/download_mosei.py --mock"
     missing = tmp_path / "none"
     said = f"no index file or data for the train split in {missing}{advice}"
-    assert message(mosei.open_corpus, missing) == message(mosei.read, missing) == message(mosei.detect, missing) == said
+    assert (
+        message(mosei.open_corpus, missing)
+        == message(layouts.read, missing)
+        == message(layouts.detect, missing)
+        == said
+    )
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "a.json").write_text('{"a": 1}')
     said = f"no index file or data for the train split in {tmp_path} (it holds a.json, notes.txt){advice}"
     assert message(mosei.open_corpus, tmp_path) == said
     path = index(tmp_path / "b", index_rows(4, split="test"))
     said = f"no index file or data for the train split in {path} (test 4){advice}"
-    assert message(mosei.read, path) == said
+    assert message(layouts.read, path) == said
 
 
 @pytest.mark.parametrize(
@@ -449,32 +454,32 @@ def test_nothing_there_names_the_train_split_and_a_way_out(tmp_path):
 def test_files_that_are_none_of_the_layouts(tmp_path, content, said):
     path = tmp_path / "file"
     path.write_bytes(content)
-    found = message(mosei.read, path)
+    found = message(layouts.read, path)
     assert found.startswith(f"{path}:")
     assert said in found
 
 
 def test_the_content_counts_not_the_name(tmp_path):
     path = dump(tmp_path, mmsa()[0], "renamed.json")
-    assert mosei.detect(path) == "mmsa"
+    assert layouts.detect(path) == "mmsa"
     (tmp_path / "x.pkl").write_text(json.dumps(index_rows()))
-    assert mosei.detect(tmp_path / "x.pkl") == "json"
+    assert layouts.detect(tmp_path / "x.pkl") == "json"
 
 
 def test_several_files_need_a_name(tmp_path):
     dump(tmp_path, mmsa()[0], "aligned_50.pkl")
     dump(tmp_path, mmsa()[0], "unaligned_50.pkl")
     said = f"{tmp_path}: 2 files may be a corpus: aligned_50.pkl, unaligned_50.pkl; name one of them"
-    assert message(mosei.detect, tmp_path) == said
+    assert message(layouts.detect, tmp_path) == said
     index(tmp_path, index_rows())
-    assert mosei.detect(tmp_path) == "json"
+    assert layouts.detect(tmp_path) == "json"
     index(tmp_path, index_rows(), "other.json")
-    assert "2 files may be an index: mosei_index.json, other.json" in message(mosei.detect, tmp_path)
+    assert "2 files may be an index: mosei_index.json, other.json" in message(layouts.detect, tmp_path)
     np.savez(tmp_path / "val.npz")
     np.savez(tmp_path / "valid.npz")
     for path in tmp_path.glob("*.json"):
         path.unlink()
-    assert message(mosei.read, tmp_path) == f"{tmp_path}: both val and valid: which is the valid split?"
+    assert message(layouts.read, tmp_path) == f"{tmp_path}: both val and valid: which is the valid split?"
 
 
 def test_a_users_manifest_is_the_same_form(tmp_path):
@@ -482,17 +487,17 @@ def test_a_users_manifest_is_the_same_form(tmp_path):
     write_manifest(tmp_path / "manifest.csv", clips)
     (tmp_path / "audio").mkdir()
     np.save(tmp_path / "audio/a.npy", np.ones(5, dtype=np.float32))
-    assert mosei.detect(tmp_path) == mosei.detect(tmp_path / "manifest.csv") == "store"
+    assert layouts.detect(tmp_path) == layouts.detect(tmp_path / "manifest.csv") == "store"
     assert mosei.open_corpus(tmp_path) == mosei.open_corpus(tmp_path / "manifest.csv") == tmp_path
-    corpus = mosei.read(tmp_path)
-    assert [clip.split for clip in mosei.read_rows(tmp_path)] == ["train", "valid"]
-    assert corpus.label == mosei.label_kind(tmp_path) == "score"
+    corpus = layouts.read(tmp_path)
+    assert [clip.split for clip in layouts.read_rows(tmp_path)] == ["train", "valid"]
+    assert corpus.label == layouts.label_kind(tmp_path) == "score"
     assert corpus.features["audio"][0].tolist() == [1.0] * 5
     assert corpus.features["audio"][1] is None
     write_manifest(tmp_path / "manifest.csv", [Clip("a", label="1"), Clip("b", label="0")])
-    assert mosei.label_kind(tmp_path) == "polarity"
+    assert layouts.label_kind(tmp_path) == "polarity"
     write_manifest(tmp_path / "manifest.csv", [Clip("a", label="happy")])
-    assert message(mosei.read_rows, tmp_path) == f"{tmp_path}/manifest.csv:2: label 'happy' is not a finite number"
+    assert message(layouts.read_rows, tmp_path) == f"{tmp_path}/manifest.csv:2: label 'happy' is not a finite number"
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -507,7 +512,7 @@ def test_conversion_keeps_every_value(tmp_path):
     folder = mosei.open_corpus(path, lines.append)
     assert folder == tmp_path / "data.pkl.store"
     assert lines[0].startswith(f"{path}: 10 utterances (mmsa) converted to {folder} in ")
-    read, kept = mosei.read(path), mosei.read(folder)
+    read, kept = layouts.read(path), layouts.read(folder)
     assert [vars(clip) | {"where": ""} for clip in kept.clips] == [vars(clip) | {"where": ""} for clip in read.clips]
     assert (kept.format, kept.label, kept.facts) == (read.format, read.label, read.facts)
     check_frames(kept, inside, lambda split, i: f"{split}{i // 2}$_${10 - i}")
@@ -534,14 +539,14 @@ def test_conversion_is_remade_when_the_source_changes(tmp_path):
     assert [entry.name for entry in tmp_path.glob("*.tmp")] == []
     path.unlink()  # what was converted is enough
     assert mosei.open_corpus(tmp_path) == folder
-    assert mosei.detect(tmp_path) == "store"
+    assert layouts.detect(tmp_path) == "store"
 
 
 def test_an_interrupted_conversion_leaves_nothing_and_the_old_one(tmp_path):
-    corpus = mosei.read(index(tmp_path / "source", index_rows(6)))
+    corpus = layouts.read(index(tmp_path / "source", index_rows(6)))
     folder = tmp_path / "out/store"
 
-    class Interrupting(mosei.Lazy):
+    class Interrupting(layouts.Lazy):
         def __getitem__(self, i):
             if i == 4:
                 raise KeyboardInterrupt
@@ -563,7 +568,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_old_one(tmp_path):
 
 
 def test_what_a_kill_left_behind_goes_after_a_while(tmp_path):
-    corpus = mosei.read(index(tmp_path / "source", index_rows(6)))
+    corpus = layouts.read(index(tmp_path / "source", index_rows(6)))
     old, other = tmp_path / "store.1.new.tmp", tmp_path / "store.2.new.tmp"
     for folder in (old, other):
         (folder / "text").mkdir(parents=True)
@@ -615,7 +620,7 @@ def test_the_report_of_clean_data(tmp_path):
 def test_the_report_of_what_is_wrong(tmp_path):
     rows = index_rows(8)
     rows[1] = rows[0] | {"label": 2}
-    rows[6] |= {name: rows[2][name] for name in mosei.INDEX}
+    rows[6] |= {name: rows[2][name] for name in layouts.INDEX}
     rows[7]["video_id"] = "v0"
     rows[0]["label"] = 7.5
     rows[3]["audio_features"][1] = float("inf")
@@ -668,7 +673,7 @@ def test_real_mosi(tmp_path):
     shutil.copytree(source, tmp_path / "mosi", copy_function=shutil.copyfile)
     (tmp_path / "mosi").chmod(0o755)
     folder = mosei.open_corpus(tmp_path / "mosi", lambda text: None)
-    clips = mosei.read_rows(folder)
+    clips = layouts.read_rows(folder)
     splits = {name: [clip for clip in clips if clip.split == name] for name in ("train", "test")}
     assert {name: len(part) for name, part in splits.items()} == {"train": 1447, "test": 752}
     assert {name: len({clip.group for clip in part}) for name, part in splits.items()} == {"train": 62, "test": 31}

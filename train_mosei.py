@@ -142,16 +142,19 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.connect(here)
     if cfg.seeds < 1 or cfg.seed < 0:
         raise UserError(f"--seed {cfg.seed} --seeds {cfg.seeds}: from 0 up, and at least one")
+    if cfg.epochs < 1 or cfg.batch_size < 1:
+        raise UserError(f"--epochs {cfg.epochs} --batch-size {cfg.batch_size}: at least one")
     found = next((place for place in PLACES if Path(place).exists()), None)
     made = cfg.mock or (cfg.fast and cfg.data_root is None and found is None)
     if cfg.fast:
+        torch.set_num_threads(1)  # its matrices are too small for more threads to pay
         quick = FAST_MOCK if made else FAST
         cfg = config.preset(cfg, {"out": "out/mosei_fast", "overwrite": not cfg.resume} | quick)
+    if cfg.inspect:
+        return inspect(place_data(cfg, False, found), say) if here.main else None
     cfg, start = resume_or_start(cfg, "mosei", say)
     out = Path(str(cfg.out))
     cfg.data_root = root = dist.main_first(here, partial(place_data, cfg, made, found))
-    if cfg.inspect:
-        return inspect(root, say) if here.main else None
     if cfg.num_workers:
         say("--num-workers: not used, the data set lies in memory")
 
@@ -302,7 +305,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         stop.release()
         epochs = ", ".join(str(watch.epoch) for watch in watches)
         say(f"finished: {out / 'checkpoints'}, best epoch {epochs}" + " (early stop)" * (progress.epoch < cfg.epochs))
-        warn_overfit(progress.history, say)
+        if cfg.metric != "none":
+            warn_overfit(progress.history, say)
         flat.values.copy_(best)
         results: dict[str, Any] = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
         if here.main and cfg.test and len(task.splits["test"]):
@@ -401,6 +405,7 @@ def train_epoch(
         if dist.all_sum(stop.requested, device=here.device)[0]:
             return True, losses_, outputs, norm
         logits, loss, extra = step_loss(task, x, mask, index, y, rows, cfg)
+        flat.zero_grad()  # here, so that the last step's gradients can be looked at
         (loss + extra).sum().backward()
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
@@ -409,7 +414,6 @@ def train_epoch(
             lr = lr_at(progress.step, total, cosine)
             set_lrs(optimizer, [lr if old else 0.0 for old in lrs])
         optimizer.step()
-        flat.zero_grad()
         losses_.append(loss.detach())
         outputs.append((logits.detach(), y))
         progress.step += 1

@@ -183,6 +183,9 @@ def run(cls: type[T], main: Callable[[T], object]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

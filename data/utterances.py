@@ -109,11 +109,20 @@ def load_splits(
         if shared := leak_check(splits[a], splits[b]):
             say(f"leak: {len(shared)} videos are in both {a} and {b}, such as {shared[0]!r}")
     opened = {
-        m: open_features(stores.get(m, str(folder / m))) for m in MODALITIES if m in stores or (folder / m).is_dir()
+        m: open_features(stores.get(m, str(folder / m))) for m in MODALITIES if m in stores or _is_store(folder / m)
     }
+    for m, store in opened.items():
+        if store.info.get("kind") == "ids":
+            problem = f"{store.folder} holds ids of {store.info['encoder']}, fusion takes vectors"
+            raise UserError(f"{m}: {problem}: extract it with --pooling counts")
     if not opened:
         raise UserError(f"{folder}: none of the stores {', '.join(MODALITIES)}")
     return {name: load(part, kind, opened, max_frames) for name, part in splits.items()}
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder beside a manifest holds features; it may hold the videos themselves."""
+    return (folder / "index.json").is_file() or any(folder.glob("*.npy"))
 
 
 def load(clips: Sequence[Clip], kind: str, stores: dict[str, FeatureStore | NpyFolder], max_frames: int) -> Utterances:

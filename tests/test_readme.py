@@ -69,7 +69,7 @@ def test_a_mistake_is_answered_as_shown(mistake, monkeypatch, capsys):
 def test_flags_in_the_text_are_options():
     """`--flag` or `--flag VALUE` between backticks belongs to one of the scripts."""
     known = {"help", "cfg", "cfg_path"}
-    for name in ("train_llm", "eval", "predict", "extract"):
+    for name in ("train_llm", "train_mosei", "eval", "predict", "extract", "tools.download_mosei", "tools.export"):
         known |= set(config.Schema(importlib.import_module(name).Config).names)
     spans = [span for span in re.findall(r"`([^`\n]+)`", README) if not re.match("hf |pip |tensorboard ", span)]
     quoted = [flag for span in spans for flag in re.findall(r"(?<![\w-])--([\w.-]+)", span)]

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch._dynamo  # the optimiser loads it: seconds that no forked rank spends, once it is here
 import torch.utils.tensorboard
@@ -18,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation
+import extract
 import predict
 import train_mosei
 from common import checkpoint, config
 from common.flat import set_lrs
+from data.manifest import Clip, write_manifest
 from data.mock_mosei import make_mock
 from data.mosei import open_corpus
 from tests.conftest import FORK
@@ -101,7 +104,8 @@ def test_a_run_writes_what_the_guide_promises(run, capsys):
     tags = events.Tags()
     guide = {"Train/Loss", "Train/Accuracy", "Train/F1", "Val/Loss", "Val/Accuracy", "Val/F1", "Learning_Rate"}
     assert guide | {"hparam/test_accuracy", "hparam/test_f1"} <= set(tags["scalars"])
-    assert any(tag.startswith("Gradients/") for tag in tags["histograms"])
+    gradients = [tag for tag in tags["histograms"] if tag.startswith("Gradients/")]
+    assert any(events.Histograms(tag)[-1].histogram_value.sum_squares > 0 for tag in gradients)
     for file in ("curves.png", "eval/mosei/{best}/confusion.png", "eval/mosei/{best}/metrics.json"):
         assert (run / file.format(best=results["best"]["checkpoint"])).stat().st_size > 500
 
@@ -172,6 +176,78 @@ def test_it_learns_what_is_planted_and_nothing_from_shuffled_labels(tmp_path):
     accuracy = {name: found["scores"]["accuracy"]["mean"] for name, found in scores.items()}
     assert accuracy["true"] > 0.65 > 0.3 > accuracy["shuffled"]
     assert scores["true"]["constant"]["accuracy"] < 0.2
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory):
+    """A run on raw clips: words and sounds of our own encoders, one clip of words alone."""
+    folder = tmp_path_factory.mktemp("voices")
+    rng = np.random.default_rng(0)
+    clips = []
+    for i in range(30):
+        path = folder / f"c{i}.wav"
+        soundfile.write(path, rng.normal(size=8000 + 400 * i) * (0.05 + 0.01 * i), 16000)
+        split = "test" if i >= 24 else "train"
+        clips.append(
+            Clip(f"c{i}", str(path), f"word{i % 5} and word{i % 3}", str(i % 7 - 3), split=split, group=str(i // 2))
+        )
+    clips.append(Clip("silent", None, "word1 and nothing else", "1", split="test", group="s"))
+    write_manifest(folder / "manifest.csv", clips)
+    for encoder, pooling, store in (("hashtext", "counts", "text"), ("logmel", "stats", "audio")):
+        argv = ["--encoder", encoder, "--pooling", pooling, "--manifest", folder / "manifest.csv"]
+        extract.main(config.load(extract.Config, [*map(str, argv), "--out", str(folder / store)]))
+    out = folder / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    argv = ["--data-dir", folder, "--fusion-dim", 8, "--epochs", 2, "--lr", 1e-2, "--out", out]
+    code, sys.argv = train(argv), sys.argv
+    assert code == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder, out, clips
+
+
+def test_a_raw_clip_gets_the_answer_of_the_report(voices):
+    _folder, out, clips = voices
+    best = json.loads((out / "results.json").read_text())["best"]["checkpoint"]
+    rows = {row["id"]: row for row in csv.DictReader(open(out / "eval" / "mosei" / best / "predictions.csv"))}
+    predictor = predict.load(out)
+    for clip in clips[24:]:
+        result = predictor(clip)
+        assert result["emotion"] == rows[clip.id]["prediction"]
+        for name, p in result["probabilities"].items():
+            assert p == pytest.approx(float(rows[clip.id][name]), abs=1e-4)
+        assert result["available_modalities"] == (["text"] if clip.id == "silent" else ["text", "audio"])
+    assert len(rows) == 7
+
+
+def test_raw_clips_that_lack_something(voices, tmp_path, capsys):
+    _folder, out, clips = voices
+    predictor = predict.load(out)
+    sound = predictor(clips[0].path, text="  ")
+    assert sound["available_modalities"] == ["audio"]
+    assert sound["missing"] == {"text": "c0: no text"}
+    words = predictor(text="word1 and word2")
+    assert words["available_modalities"] == ["text"]
+    assert words["missing"] == {"audio": "audio: no audio given"}
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    shutil.copy(clips[0].path, tmp_path / "whole.wav")
+    results = predict.predictions(predictor, predict.read_input(str(tmp_path), None), None, 4)
+    broken, whole = results
+    assert broken["id"] == "broken.wav"
+    assert "nothing to go by" in broken["error"]
+    assert whole["available_modalities"] == ["audio"]
+    with pytest.raises(config.UserError, match="answers no questions"):
+        predictor(clips[0].path, question="[reason] Why?")
+
+
+def test_ids_are_no_features(voices, fails, tmp_path):
+    folder, _out, _clips = voices
+    argv = ["--encoder", "hashtext", "--manifest", folder / "manifest.csv", "--out", tmp_path / "ids"]
+    extract.main(config.load(extract.Config, list(map(str, argv))))
+    line = fails("--data-dir", folder, "--stores", f"text={tmp_path / 'ids'}", "--out", tmp_path / "out")
+    assert line == (
+        f"text: {tmp_path / 'ids'} holds ids of hashtext, fusion takes vectors: extract it with --pooling counts"
+    )
 
 
 # ---- killed, stopped, resumed
@@ -330,6 +406,17 @@ def test_the_guides_place_is_found(tmp_path, monkeypatch, capsys):
     cfg = json.loads((tmp_path / "out/mosei_fast/results.json").read_text())["config"]
     assert (cfg["data_root"], cfg["batch_size"], cfg["epochs"], cfg["patience"], cfg["lr"]) == (
         "data/mosei", 8, 5, 2, 1e-4)  # fmt: skip
+
+
+def test_inspecting_needs_no_run_folder(mock, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, tmp_path / "out" / "mosei", symlinks=True)
+    assert train(["--data-dir", mock, "--inspect"]) == 0
+    assert "150 utterances" in capsys.readouterr().out
+
+
+def test_no_epoch_and_no_batch(mock, fails):
+    assert fails("--data-dir", mock, "--epochs", 0) == "--epochs 0 --batch-size 16: at least one"
 
 
 def test_a_run_is_not_overwritten_by_accident(mock, fails, run):

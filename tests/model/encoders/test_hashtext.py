@@ -42,3 +42,16 @@ def test_chinese_is_read_by_character():
 def test_info_declares_ids():
     info = encoders.load("hashtext").info("ids")
     assert (info["kind"], info["dim"], info["dtype"]) == ("ids", 65536, "int32")
+
+
+def test_counts_are_the_ids_folded():
+    encoder = encoders.load("hashtext")
+    text = "So glad, so so glad!"
+    counts = torch.zeros(1024)
+    for id in encoder.encode(text, "ids").tolist():
+        counts[id % 1024] += 1
+    assert torch.equal(encoder.encode(text, "counts"), counts.log1p())
+    assert counts.max() >= 3
+    assert encoder.encode("", "counts").shape == (encoder.out_dim("counts"),) == (1024,)
+    assert encoder.info("counts") | {"kind": "dense", "dtype": "float32", "dim": 1024} == encoder.info("counts")
+    assert encoder.info("ids")["kind"] == "ids"

@@ -1,6 +1,7 @@
 """Speed of train_mosei.py's loop beside a DataLoader's, of seeds side by side, and of opening data; all in one run.
 
-Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network, seven classes. The variants take
+Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network (mlp) and for seeds side by side
+also the default one (xfuse), seven classes. The variants take
 turns, and each round gives one value of every ratio; the table has the medians over rounds.
 
 ours          an epoch by train_mosei.py's own train_epoch
@@ -70,16 +71,18 @@ class Config:
 class Loop:
     """A task and its optimiser, as train_mosei.py builds them."""
 
-    def __init__(self, data: Utterances, batch: int, seeds: int, device: torch.device, bf16: bool = False) -> None:
+    def __init__(
+        self, data: Utterances, batch: int, seeds: int, device: torch.device, bf16: bool = False, model: str = "mlp"
+    ) -> None:
         self.cfg = train_mosei.Config(
-            model=FusionConfig(model="mlp"), batch_size=batch, precision="bf16" if bf16 else "fp32"
+            model=FusionConfig(model=model), batch_size=batch, precision="bf16" if bf16 else "fp32"
         )
         self.here, self.seeds = dist.Ranks(device=device), seeds
-        model = Fusion(self.cfg.model, DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
+        fusion = Fusion(self.cfg.model, DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
         units = torch.arange(len(data), device=device)[:, None]
         target = data.targets("7", "half_even")
-        self.task = train_mosei.Task({"train": data}, model, target, None, units, batch, 0, True)
-        self.flat = Flat(model)
+        self.task = train_mosei.Task({"train": data}, fusion, target, None, units, batch, 0, True)
+        self.flat = Flat(fusion)
         self.optimizer = self.flat.adamw(self.cfg.lr, self.cfg.weight_decay)
         self.steps = math.ceil(len(data) / batch)
         self.stop = dist.Stop()
@@ -201,8 +204,11 @@ def training(cfg: Config, device: torch.device, bf16: bool) -> list[tuple[str, s
         for name, workers in zip(names, cfg.num_workers, strict=True):
             source = DataLoader(Rows(data), batch, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
             variants[name] = (partial(peer.loader, source), peer.steps, workers > 0)
-    five = Loop(here, 16, 5, device, bf16)
-    variants["5 seeds at once, batch 16"] = (five.ours, five.steps, False)
+    for name in ("mlp", "xfuse"):
+        for seeds in (1, 5):
+            loop = Loop(here, 16, seeds, device, bf16, name)
+            # enough steps for a steady time: xfuse takes several times longer
+            variants[f"{name}, {seeds} seed{'s' * (seeds > 1)}, batch 16"] = (loop.ours, min(loop.steps, 200), False)
     times = alternate(variants, cfg.repeats)
 
     table = [(f"{name}: ms a step", spread(values)) for name, values in times.items()]
@@ -216,8 +222,10 @@ def training(cfg: Config, device: torch.device, bf16: bool) -> list[tuple[str, s
             table.append((f"{name}: epoch, times ours", spread([x / y for x, y in pairs(times, name, ours)])))
             extra = median(x - y for x, y in pairs(times, name, floor))
             table.append((f"{name}: overhead, times ours", f"{extra / own:.3g}"))
-    both = pairs(times, "ours, batch 16", "5 seeds at once, batch 16")
-    return [*table, ("5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both]))]
+    for name in ("mlp", "xfuse"):
+        both = pairs(times, f"{name}, 1 seed, batch 16", f"{name}, 5 seeds, batch 16")
+        table.append((f"{name}: 5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both])))
+    return table
 
 
 # --- opening data -----------------------------------------------------------------------------------------------------

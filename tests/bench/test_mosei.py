@@ -19,9 +19,9 @@ def test_every_variant_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").partition(" | ") for line in done.stdout.splitlines()]
     rows = {name: value for name, _, value in lines if value}
-    for name in ("ours, batch 16", "floor, batch 512", "DataLoader, 0 workers, batch 16", "5 seeds at once, batch 16"):
+    for name in ("ours, batch 16", "floor, batch 512", "DataLoader, 0 workers, batch 16", "xfuse, 5 seeds, batch 16"):
         assert float(rows[f"{name}: ms a step"].split()[0]) > 0
-    assert float(rows["5 x one seed, times 5 seeds at once, batch 16"].split()[0]) > 0
+    assert float(rows["xfuse: 5 x one seed, times 5 seeds at once, batch 16"].split()[0]) > 0
     for name in ("converted store, ready to train: ms; peak MiB", "pickle.load, times converted store: time; peak"):
         assert name in rows
 

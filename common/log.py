@@ -139,6 +139,7 @@ def curves_png(history: Sequence[dict[str, float]], path: str | Path) -> None:
             axes.plot(epochs, [point[f"{side}/{name}"] for point in history], color=colour, label=side, marker=".")
         axes.set_title(name, loc="left")
         axes.set_xlabel("epoch")
+        axes.locator_params(axis="x", integer=True)
         axes.grid(color="#d5dde5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

@@ -133,9 +133,12 @@ class Schema:
 
     def read(self, name: str, raw: Any) -> list[Any]:
         """The values that `name` given as `raw` leaves open for its option; ValueError says what is wrong."""
-        if name in self.switches:
-            return PRECISION[name, scalar(raw, bool)]
         option = self.options[self.names[name]]
+        if name in self.switches:
+            left = [value for value in PRECISION[name, scalar(raw, bool)] if value in option.choices]
+            if not left:
+                raise ValueError(f"not offered here, only {', '.join(option.choices)}")
+            return left
         if isinstance(raw, str) and raw not in option.choices:
             raw = VALUES.get(option.leaf, {}).get(raw, raw)
         return [read(raw, option)]

@@ -415,6 +415,10 @@ def test_inspecting_needs_no_run_folder(mock, run, tmp_path, monkeypatch, capsys
     assert "150 utterances" in capsys.readouterr().out
 
 
+def test_half_precision_is_not_offered(mock, fails):
+    assert fails("--data-dir", mock, "--fp16") == "--fp16: not offered here, only fp32, bf16"
+
+
 def test_no_epoch_and_no_batch(mock, fails):
     assert fails("--data-dir", mock, "--epochs", 0) == "--epochs 0 --batch-size 16: at least one"
 

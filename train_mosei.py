@@ -139,7 +139,6 @@ class Progress:
 def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
-    dist.connect(here)
     if cfg.seeds < 1 or cfg.seed < 0:
         raise UserError(f"--seed {cfg.seed} --seeds {cfg.seeds}: from 0 up, and at least one")
     if cfg.epochs < 1 or cfg.batch_size < 1:
@@ -154,6 +153,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         return inspect(place_data(cfg, False, found), say) if here.main else None
     cfg, start = resume_or_start(cfg, "mosei", say)
     out = Path(str(cfg.out))
+    dist.connect(here)
     cfg.data_root = root = dist.main_first(here, partial(place_data, cfg, made, found))
     if cfg.num_workers:
         say("--num-workers: not used, the data set lies in memory")
@@ -161,7 +161,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     folder = dist.main_first(here, lambda: open_corpus(root, say))
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     task = load_task(cfg, folder, seeds, start, here, say)
-    model, train, valid = task.model, task.splits["train"], task.splits["valid"]
+    model, valid = task.model, task.splits["valid"]
 
     # ---- one row of flat.values is one seed's model
     flat = Flat(model)
@@ -247,16 +247,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
         # ---- the epoch's numbers: the only place where the device is waited for
         loss_steps = torch.stack(losses_)
-        broken = ~torch.isfinite(loss_steps).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
-        if broken.any():
-            i = int(broken.nonzero()[0, 0]) + done
-            used = task.units[order[0].split(task.a_step * here.world)[i]].flatten().tolist()
-            ids = {train.clips[j].id for j in used if j < len(train)}
-            raise UserError(
-                f"epoch {epoch}, step {i}: loss {loss_steps[i - done].tolist()}, gradient norm {norm.tolist()}, "
-                f"lr {optimizer.param_groups[0]['lr']:.3g}, utterances {', '.join(sorted(ids)[:8])}; the last "
-                "checkpoint is kept: lower --lr, set --grad-clip, or check these utterances' features with --inspect"
-            )
+        check_finite(task, here, order[0], done, epoch, loss_steps, norm, optimizer.param_groups[0]["lr"])
         train_scores = running(outputs, loss_steps, cfg, here)
         found = sentiment.predict(model, valid)
         valid_scores = [sentiment.score(one, valid, cfg.model.head, cfg.label_scheme) for one in found]
@@ -282,10 +273,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         if epoch % cfg.log_every == 0 or finished:
             log.record(progress.step, epoch=epoch, seconds=time.perf_counter() - began, **numbers)
             path = f"  {out / 'checkpoints' / f'epoch_{epoch:03d}'}" if saved else ""
-            marks = (
-                "".join("*" if k in improved else "." for k in range(len(seeds)))
-                if len(seeds) > 1
-                else "*" * bool(improved)
+            marks = "".join("*" if k in improved else "." for k in range(len(seeds))).rstrip(
+                "." if len(seeds) == 1 else ""
             )
             ours, theirs = (
                 f"loss {s['loss']:.4f} acc {s['accuracy']:.4f} f1 {s['weighted_f1']:.4f}" for s in (train_scores, mean)
@@ -310,14 +299,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         flat.values.copy_(best)
         results: dict[str, Any] = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
         if here.main and cfg.test and len(task.splits["test"]):
-            # selection is over: the test split is read here for the first and only time
-            report, logits = sentiment.report(model, task.splits, cfg.label_scheme, say)
-            place = out / "eval" / "mosei" / progress.best["checkpoint"]
-            sentiment.write(place, report, logits, task.splits["test"])
-            results |= {"test": report, "test_metrics": plain(report["scores"])}
-            log.hparams({k: v for k, v in config.to_dict(cfg).items() if isinstance(v, int | float | str)},
-                        {f"hparam/test_{k}": v for k, v in results["test_metrics"].items()})  # fmt: skip
-            say(f"written to {place}")
+            results |= read_test(cfg, task, out / "eval" / "mosei" / progress.best["checkpoint"], log, say)
         if here.main:
             curves_png(progress.history, out / "curves.png")
             (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -419,6 +401,34 @@ def train_epoch(
         progress.step += 1
         tick()
     return False, losses_, outputs, norm
+
+
+def check_finite(
+    task: Task, here: dist.Ranks, order: Tensor, done: int, epoch: int, loss_steps: Tensor, norm: Tensor, lr: float
+) -> None:
+    """UserError with the first step's utterances if a loss or the last gradient norm is not a number."""
+    broken = ~torch.isfinite(loss_steps).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
+    if broken.any():
+        first = int(broken.nonzero()[0, 0])
+        used = task.units[order.split(task.a_step * here.world)[first + done]].flatten().tolist()
+        clips = task.splits["train"].clips
+        ids = sorted({clips[i].id for i in used if i < len(clips)})
+        raise UserError(
+            f"epoch {epoch}, step {first + done}: loss {loss_steps[first].tolist()}, gradient norm {norm.tolist()}, "
+            f"lr {lr:.3g}, utterances {', '.join(ids[:8])}; the last checkpoint is kept: lower --lr, set --grad-clip, "
+            "or check these utterances' features with --inspect"
+        )
+
+
+def read_test(cfg: Config, task: Task, place: Path, log: Logger, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report on the test split, for results.json; selection is over, and nothing reads the split before."""
+    report, logits = sentiment.report(task.model, task.splits, cfg.label_scheme, say)
+    sentiment.write(place, report, logits, task.splits["test"])
+    say(f"written to {place}")
+    metrics = plain(report["scores"])
+    settings = {name: value for name, value in config.to_dict(cfg).items() if isinstance(value, int | float | str)}
+    log.hparams(settings, {f"hparam/test_{name}": value for name, value in metrics.items()})
+    return {"test": report, "test_metrics": metrics}
 
 
 def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tuple]:

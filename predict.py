@@ -92,11 +92,11 @@ class Predictor:
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
     ) -> tuple[Any, dict[str, str]]:
         """The clip as the model's input, which has an id, and why each absent stream is absent."""
-        raise NotImplementedError
+        raise NotImplementedError  # a prompt for a language model, frames for fusion
 
     def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
-        raise NotImplementedError
+        raise NotImplementedError  # text and labels, or labels and a score
 
     def _encode(self, name: str, clip: Clip, audio: Any, video: Any) -> torch.Tensor:
         if name not in self.encoders:

@@ -25,6 +25,7 @@ from common.log import Logger, curves_png
 from common.metrics import classification
 from common.optim import OptimConfig, load_state_tensors, lr_at, state_tensors
 from common.run import open_run, resume_or_start
+from data.layouts import MODALITIES
 from data.mock_mosei import make_mock
 from data.mosei import inspect, open_corpus
 from data.utterances import SCHEMES, Utterances, level, load_splits
@@ -571,7 +572,7 @@ def load_weights(model: Fusion, path: str) -> str:
 def describe(folder: Path, cfg: Config) -> dict[str, Any]:
     """How each modality's features were made, as far as their store says."""
     found = {}
-    for m in ("text", "audio", "video"):
+    for m in MODALITIES:
         index = Path(cfg.stores.get(m, folder / m)) / "index.json"
         if index.is_file():
             info = json.loads(index.read_text())

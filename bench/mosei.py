@@ -253,7 +253,7 @@ def write_pickle(path: Path, rows: int) -> None:
 
 def load_pickle(path: Path) -> None:
     with path.open("rb") as file:
-        pickle.load(file)
+        pickle.load(file)  # the peer being timed, on a file that write_pickle made a moment ago
 
 
 def load_as_mmsa(path: Path) -> list[np.ndarray]:
@@ -261,7 +261,7 @@ def load_as_mmsa(path: Path) -> list[np.ndarray]:
     kept = []
     for split in ("train", "valid", "test"):
         with path.open("rb") as file:
-            part = pickle.load(file)[split]
+            part = pickle.load(file)[split]  # the same file, made here
         kept += [part[name].astype(np.float32) for name in (*SEQUENCES, "text_bert")]
     return kept
 

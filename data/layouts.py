@@ -194,7 +194,7 @@ def _head(path: Path) -> bytes:
 
 def _unpickle(files: list[Path]) -> Any:
     """The content of a pickle, or {split: content} of MISA's one pickle a split."""
-    parts = {file.stem: unpickle.load(file) for file in files}
+    parts = {file.stem: unpickle.load(file) for file in files}  # our own reader: it builds plain data, runs nothing
     (name, first), *others = parts.items()
     whole = isinstance(first, dict) and set(first) & set(SPLITS)
     return first if not others and (whole or name not in SPLITS) else parts
@@ -348,6 +348,7 @@ def _load_npy(path: Path, file: Any) -> np.ndarray:
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(file)
         if dtype.hasobject:
+            # our own reader, as np.load(allow_pickle=True) would run what the file asks for
             return np.asarray(unpickle.load(path, file)).reshape(shape)
         if 0 in shape:
             return np.zeros(shape, dtype)
@@ -444,8 +445,7 @@ def _read_mult(path: Path, splits: dict[str, Any]) -> Table:
         labels = labels.reshape(len(rows), width)
         scores += [None] * len(rows) if width == 6 else _scores(labels[:, :1], f"{where}: labels")
         for i in rows:
-            strengths = labels[i, -6:].tolist() if width in (6, 7) else []
-            emotions = dict(zip(EMOTIONS, strengths, strict=False))
+            emotions = dict(zip(EMOTIONS, labels[i, -6:].tolist(), strict=True)) if width in (6, 7) else {}
             clip = Clip(f"{split}-{i}", split=split, emotions=emotions, where=f"{where}: row {i}")
             if named:
                 clip.id, clip.start, clip.end, start = _segment(part["id"][i], f"{where}: row {i}: id")

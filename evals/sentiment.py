@@ -94,9 +94,8 @@ def score(logits: Tensor, data: Utterances, head: str, scheme: str) -> dict[str,
     """Scores of one model's logits (N, C) over the utterances with a target."""
     target = data.targets(head, scheme)[:-1].cpu()
     truth = data.score.cpu()
-    known = torch.isfinite(target).all(-1) if head == "emotions" else torch.isfinite(target) & (target != -1)
-    known = known if head != "regression" else torch.isfinite(target)
-    logits, target, truth = logits[known].double(), target[known], truth[known]
+    there = known(target[None])[0]
+    logits, target, truth = logits[there].double(), target[there], truth[there]
     wanted = target.double() if target.is_floating_point() else target
     out: dict[str, Any] = {"clips": len(target), "loss": float(losses(logits[None], wanted[None], head, None).mean())}
     if head == "emotions":

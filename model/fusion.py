@@ -17,7 +17,6 @@ from common import checkpoint
 from common.config import from_dict, opt
 from common.weights import check_names, check_shapes, read_tensors
 
-MODALITIES = ("text", "audio", "video")
 SENTIMENTS = (
     "strong_negative", "negative", "weak_negative", "neutral", "weak_positive", "positive", "strong_positive"
 )  # fmt: skip

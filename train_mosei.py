@@ -7,10 +7,9 @@ $ torchrun --nproc-per-node 2 train_mosei.py --cfg configs/mosei_large.yaml
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from torch import Tensor
 from common import checkpoint, config, dist
 from common.config import UserError, opt
 from common.flat import Flat, set_lrs
+from common.keeper import Keeper, Progress, Rule, shuffled
 from common.log import Logger, curves_png
 from common.metrics import classification
-from common.optim import OptimConfig, load_state_tensors, lr_at, state_tensors
+from common.optim import OptimConfig, lr_at
 from common.run import open_run, resume_or_start
 from data.layouts import MODALITIES
 from data.mock_mosei import make_mock
@@ -94,49 +94,6 @@ class Config:
     fast: bool = opt(False, "the guide's quick preset; without a data set, on a synthetic one", "--fast")
 
 
-@dataclass
-class Watch:
-    """One seed's best epoch, early stopping and plateau schedule."""
-
-    lr: float
-    best: float | None = None  # of --metric
-    epoch: int = 0  # of the best
-    bad: int = 0  # epochs since
-    stopped: bool = False
-    low: float = math.inf  # lowest valid loss by the plateau schedule's measure
-    stalled: int = 0
-
-    def update(self, cfg: Config, scores: dict[str, Any], epoch: int) -> bool:
-        """Takes an epoch's valid scores in; True when they are the best so far."""
-        value = float(epoch) if cfg.metric == "none" else scores[cfg.metric]
-        sign = -1 if cfg.metric in ("loss", "mae") else 1
-        better = self.best is None or sign * (value - self.best) > cfg.min_delta
-        if better:
-            self.best, self.epoch, self.bad = value, epoch, 0
-        else:
-            self.bad += 1
-            self.stopped = 0 < cfg.patience <= self.bad
-        # torch's ReduceLROnPlateau: relative threshold 1e-4, the rate falls after patience + 1 stalled epochs
-        if scores["loss"] < self.low * (1 - 1e-4):
-            self.low, self.stalled = scores["loss"], 0
-        else:
-            self.stalled += 1
-        if cfg.schedule == "plateau" and self.stalled > cfg.plateau_patience:
-            self.lr, self.stalled = max(self.lr * cfg.plateau_factor, cfg.min_lr), 0
-        return better
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers of the run besides tensors."""
-
-    step: int = 0
-    epoch: int = 0  # epochs finished
-    best: dict = field(default_factory=dict)
-    history: list[dict] = field(default_factory=list)
-    watches: list[dict] = field(default_factory=list)
-
-
 def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
@@ -167,20 +124,13 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     # ---- one row of flat.values is one seed's model
     flat = Flat(model)
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
-    best = flat.values.clone()
-    progress = Progress(watches=[asdict(Watch(cfg.lr)) for _ in seeds])
-    rng: dict[str, Tensor] = {}
+    keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)
+    progress, watches = keeper.progress, keeper.watches
     if start is not None:
-        state = checkpoint.read_state(start)
-        progress = Progress(**{name: state[name] for name in vars(progress)})
-        tensors = checkpoint.read_tensors(start / checkpoint.OPTIMIZER)
-        best.copy_(tensors.pop("best"))
-        rng = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
-        load_state_tensors(flat.parts, optimizer, tensors)
-        for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
-            if state[name] != now:
-                say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
-    watches = [Watch(**watch) for watch in progress.watches]
+        keeper.restore(start, say)
+        progress, watches = keeper.progress, keeper.watches
+    plateau = (cfg.plateau_patience, cfg.plateau_factor, cfg.min_lr) if cfg.schedule == "plateau" else None
+    rule = Rule(cfg.metric, cfg.patience, cfg.min_delta, plateau)
 
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
     stop = dist.Stop()
@@ -192,39 +142,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     say(f"{cfg.model.model}: {count:,} parameters x {len(seeds)} seeds; {task.a_step * here.world} "
         f"{'videos' if cfg.model.context == 'video' else 'utterances'} a step ({here.world} processes), {iters} steps "
         f"an epoch; data {'on' if task.resident else 'beside'} {here.device}, {task.size / 2**20:.0f} MiB")  # fmt: skip
-    facts = {
-        "system": "mosei", "config": config.to_dict(cfg), "commit": checkpoint.commit(), "dims": model.dims,
-        "frames": model.frames, "labels": list(HEADS[cfg.model.head]), "seeds": seeds,
-        "features": describe(folder, cfg), "world": here.world, "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    keeper.facts |= {
+        "system": "mosei", "config": config.to_dict(cfg), "dims": model.dims, "frames": model.frames,
+        "labels": list(HEADS[cfg.model.head]), "seeds": seeds, "features": describe(folder, cfg),
     }  # fmt: skip
-
-    def save(name: str, links: tuple[str, ...] = ("last",)) -> None:
-        progress.watches = [asdict(watch) for watch in watches]
-        tensors = {}
-        if "last" in links:
-            states = dist.gather(rng_state(here.device))
-            tensors = state_tensors(flat.parts, optimizer) | {"best": best}
-            tensors |= {f"rng{rank}.{kind}": x for rank, part in enumerate(states) for kind, x in part.items()}
-        write = partial(
-            checkpoint.save, out / "checkpoints", name, model, tensors, facts | vars(progress), {}, links, cfg.keep
-        )
-        dist.main_first(here, lambda: write() and None)
-
-    def save_best() -> None:
-        name = f"best_{progress.epoch:03d}"
-        progress.best = {
-            "metric": cfg.metric, "checkpoint": name, "value": sum(w.best or 0.0 for w in watches) / len(watches),
-            "epochs": [w.epoch for w in watches],
-        }  # fmt: skip
-        now = flat.values.clone()
-        flat.values.copy_(best)
-        save(name, ("best",))
-        flat.values.copy_(now)
-        if here.main:
-            for old in (out / "checkpoints").glob("best_*"):
-                if old.name != name:
-                    shutil.rmtree(old)
 
     # ---- training: one pass of the outer loop is one epoch of all seeds
     model.train()
@@ -232,10 +153,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     stopping = False
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         epoch, began = progress.epoch, time.perf_counter()
-        done = progress.step - epoch * iters  # steps of this epoch that a stopped run has taken
-        dist.seed_all(cfg.seed, epoch, here.rank)
-        if done and rng:
-            set_rng_state({name.split(".")[1]: x for name, x in rng.items() if name.startswith(f"rng{here.rank}.")})
+        done = keeper.begin(cfg.seed, iters)
         lrs = [0.0 if watch.stopped else watch.lr for watch in watches]
         order = shuffled(len(task.units), seeds, epoch).to(task.units.device)
         stopping, losses_, outputs, norm = train_epoch(
@@ -252,11 +170,6 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         train_scores = running(outputs, loss_steps, cfg, here)
         found = sentiment.predict(model, valid)
         valid_scores = [sentiment.score(one, valid, cfg.model.head, cfg.label_scheme) for one in found]
-        improved = []
-        for k, (watch, scores) in enumerate(zip(watches, valid_scores, strict=True)):
-            if not watch.stopped and watch.update(cfg, scores, epoch):
-                best[k] = flat.values[k]
-                improved.append(k)
         mean = {name: sum(s[name] for s in valid_scores) / len(seeds) for name in ("loss", "accuracy", "weighted_f1")}
         lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
         numbers = {
@@ -265,12 +178,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
             "Val/F1": mean["weighted_f1"], "Learning_Rate": lr, "Gradient_Norm": float(norm.mean()),
         }  # fmt: skip
         progress.history.append({"step": progress.step, "epoch": epoch, **numbers})
-        if improved:
-            save_best()
+        improved = keeper.note(rule, valid_scores, flat.values)
         finished = epoch == cfg.epochs or all(watch.stopped for watch in watches)
         saved = epoch % cfg.save_every == 0 or finished
         if saved:
-            save(f"epoch_{epoch:03d}")
+            keeper.save(f"epoch_{epoch:03d}")
         if epoch % cfg.log_every == 0 or finished:
             log.record(progress.step, epoch=epoch, seconds=time.perf_counter() - began, **numbers)
             path = f"  {out / 'checkpoints' / f'epoch_{epoch:03d}'}" if saved else ""
@@ -289,7 +201,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     # ---- the end, or a stop asked for
     if stopping:
-        save(f"step_{progress.step:06d}")
+        keeper.save(f"step_{progress.step:06d}")
         say(f"stopped after step {progress.step} of {total}; go on with the same command and --resume")
     else:
         stop.release()
@@ -297,8 +209,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         say(f"finished: {out / 'checkpoints'}, best epoch {epochs}" + " (early stop)" * (progress.epoch < cfg.epochs))
         if cfg.metric != "none":
             warn_overfit(progress.history, say)
-        flat.values.copy_(best)
-        results: dict[str, Any] = facts | vars(progress) | {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        flat.values.copy_(keeper.best)
+        results = keeper.results()
         if here.main and cfg.test and len(task.splits["test"]):
             results |= read_test(cfg, task, out / "eval" / "mosei" / progress.best["checkpoint"], log, say)
         if here.main:
@@ -360,12 +272,6 @@ def load_task(
     say(f"{counts} utterances of {videos} videos; " + ", ".join(f"{m} {frames[m]} x {dims[m]}" for m in dims))
     weight = weight if weight is None else weight.to(here.device)
     return Task(splits, model.to(here.device), target, weight, units, a_step, size, resident)
-
-
-def shuffled(n: int, seeds: list[int], epoch: int) -> Tensor:
-    """Each seed's order of n units in an epoch (K, n), the same alone and among other seeds."""
-    generators = (torch.Generator().manual_seed(seed * 1_000_003 + epoch) for seed in seeds)
-    return torch.stack([torch.randperm(n, generator=generator) for generator in generators])
 
 
 def train_epoch(
@@ -544,17 +450,6 @@ def plain(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     names = {"accuracy": "accuracy", "precision": "precision_weighted", "recall": "recall_weighted",
              "f1": "weighted_f1", "loss": "loss"}  # fmt: skip
     return {ours: scores[name]["mean"] for ours, name in names.items() if name in scores}
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def fits(size: int, here: dist.Ranks) -> bool:

@@ -43,6 +43,7 @@ import train_mosei
 from common import dist
 from common.config import opt, run
 from common.flat import Flat
+from common.keeper import Progress, shuffled
 from data import unpickle
 from data.manifest import Clip
 from data.mosei import open_corpus
@@ -90,9 +91,9 @@ class Loop:
 
     def ours(self, steps: int) -> None:
         """An epoch, or its first `steps`."""
-        order = train_mosei.shuffled(len(self.task.units), list(range(self.seeds)), 0).to(self.here.device)
+        order = shuffled(len(self.task.units), list(range(self.seeds)), 0).to(self.here.device)
         losses = train_mosei.train_epoch(
-            self.task, self.cfg, self.here, self.flat, self.optimizer, train_mosei.Progress(),
+            self.task, self.cfg, self.here, self.flat, self.optimizer, Progress(),
             order[:, : steps * self.task.a_step], 0, self.steps, [self.cfg.lr] * self.seeds, self.stop, int,
         )[1]  # fmt: skip
         torch.stack(losses).sum().item()

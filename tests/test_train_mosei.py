@@ -353,31 +353,6 @@ def test_seeds_side_by_side_end_where_each_ends_alone(mock, tmp_path, context):
 # ---- schedule and early stopping
 
 
-def test_the_plateau_schedule_is_torchs():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3, min_lr=1e-3)
-    cfg = train_mosei.Config(lr=0.1, min_lr=1e-3, patience=0)
-    watch = train_mosei.Watch(cfg.lr)
-    rng = random.Random(0)
-    for epoch in range(1, 120):
-        loss = 1 / (1 + epoch // 9) + 0.02 * rng.random()
-        watch.update(cfg, {"loss": loss}, epoch)
-        theirs.step(loss)
-        assert watch.lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), epoch
-    assert watch.lr == 1e-3
-
-
-def test_early_stopping_counts_epochs_without_a_real_improvement():
-    cfg = train_mosei.Config(patience=2, min_delta=0.1)
-    watch = train_mosei.Watch(cfg.lr)
-    seen = []
-    for epoch, loss in enumerate([1.0, 0.95, 0.8, 0.79, 0.75], 1):
-        seen.append((watch.update(cfg, {"loss": loss}, epoch), watch.stopped))
-    assert seen == [(True, False), (False, False), (True, False), (False, False), (False, True)]
-    assert (watch.best, watch.epoch) == (0.8, 3)
-
-
 def test_a_stopped_seed_stays_as_it_is(mock, tmp_path):
     """At a learning rate that only spoils, seed 0 of the watch stops after one epoch; its row never moves again."""
     argv = ["--data-dir", mock, *SMALL, "--patience", 1, "--min-delta", 10, "--epochs", 3, "--seeds", 2]

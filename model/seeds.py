@@ -1,0 +1,100 @@
+"""Layers of K models side by side: every weight is (K, ...), every input (K, B, ...).
+
+One batched product trains K seeds at once, each as if it were alone.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Module):
+    """K linear layers side by side: (K, ..., d_in) -> (K, ..., d_out)."""
+
+    def __init__(self, k: int, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(k, d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(k, 1, d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1, -2)  # (K, M, d_in)
+        # weight first: its gradient then has its own memory layout, and is added to the others a third faster
+        return torch.baddbmm(self.bias.mT, self.weight, rows.mT).mT.contiguous().view(*x.shape[:-1], -1)
+
+
+class Norm(nn.Module):
+    """K layer norms side by side."""
+
+    def __init__(self, k: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(k, width))
+        self.bias = nn.Parameter(torch.zeros(k, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
+        return torch.addcmul(self.bias.view(shape), F.layer_norm(x, x.shape[-1:]), self.scale.view(shape))
+
+
+class Attention(nn.Module):
+    """Attention of x (K, B, S, d) on y (K, B, T, d) where `mask` (K, B, T) holds, with a bias (K, H, S, T) or none."""
+
+    def __init__(self, k: int, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.kv, self.out = Linear(k, width, width), Linear(k, width, 2 * width), Linear(k, width, width)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+        k, b, s, d = x.shape
+        q = self.q(x).view(k * b, s, self.heads, -1).transpose(1, 2)  # (K * B, H, S, d / H)
+        key, value = self.kv(y).view(k * b, y.shape[2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        allowed = mask.reshape(k * b, 1, 1, -1)
+        if bias is not None:
+            allowed = bias.repeat_interleave(b, 0).masked_fill(~allowed, -torch.inf)
+        p = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, key, value, allowed, p)
+        return self.out(x.transpose(1, 2).reshape(k, b, s, d))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer of x on itself, or with `cross` on y."""
+
+    def __init__(self, k: int, width: int, dropout: float, cross: bool = False) -> None:
+        super().__init__()
+        self.norm, self.norm_y, self.norm_ff = Norm(k, width), Norm(k, width) if cross else None, Norm(k, width)
+        self.attention = Attention(k, width, heads(width), dropout)
+        self.up, self.down = Linear(k, width, 2 * width), Linear(k, 2 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        own = self.norm(x)
+        x = x + self.drop(self.attention(own, own if self.norm_y is None else self.norm_y(y), mask, bias))
+        return x + self.drop(self.down(self.drop(F.gelu(self.up(self.norm_ff(x))))))
+
+
+def heads(width: int) -> int:
+    """At most 8 heads of at least 8."""
+    return math.gcd(8, max(1, width // 8))
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (K, B, T, d) over the frames of mask (K, B, T), 0 where there are none -> (K, B, d)."""
+    weight = mask.to(x.dtype)[..., None]
+    return (x * weight).sum(2) / weight.sum(2).clamp_min(1)
+
+
+@torch.no_grad()
+def start(module: nn.Module, seeds: Sequence[int]) -> None:
+    """Draws each seed's weights from its own generator, so that it begins alike alone and among others.
+
+    Matrices are Xavier-uniform, other free parameters small; biases, scales and distances stay as they were made.
+    """
+    for i, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in module.named_parameters():
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(p[i], generator=generator)
+            elif not name.endswith(("bias", "scale", "distance")):
+                p[i].normal_(std=0.02, generator=generator)

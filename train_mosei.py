@@ -31,6 +31,7 @@ from data.mosei import inspect, open_corpus
 from data.utterances import SCHEMES, Utterances, level, load_splits
 from evals import sentiment
 from model.fusion import HEADS, Fusion, FusionConfig, known, load_original, losses
+from model.seeds import statistics
 
 PLACES = ("datasets/mosei", "data/mosei")  # the second is where the guide has it
 # --fast with a data set is the guide's quick preset; without one, a small set is made and learnt in full
@@ -166,7 +167,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
         # ---- the epoch's numbers: the only place where the device is waited for
         loss_steps = torch.stack(losses_)
-        check_finite(task, here, order[0], done, epoch, loss_steps, norm, optimizer.param_groups[0]["lr"])
+        keeper.check_finite(loss_steps, norm, done, partial(used, task, order[0], here=here),
+                            "or check these utterances' features with --inspect")  # fmt: skip
         train_scores = running(outputs, loss_steps, cfg, here)
         found = sentiment.predict(model, valid)
         valid_scores = [sentiment.score(one, valid, cfg.model.head, cfg.label_scheme) for one in found]
@@ -214,7 +216,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         if here.main and cfg.test and len(task.splits["test"]):
             results |= read_test(cfg, task, out / "eval" / "mosei" / progress.best["checkpoint"], log, say)
         if here.main:
-            curves_png(progress.history, out / "curves.png")
+            curves_png(progress.history, out / "curves.png", ("Loss", "Accuracy", "F1"))
             (out / "results.json").write_text(json.dumps(results, indent=1))
     log.close()
     if lock:
@@ -289,9 +291,7 @@ def train_epoch(
     norm = flat.grads.new_zeros(len(order))
     set_lrs(optimizer, lrs)
     for x, mask, index, y, rows in steps(task, order, done, here):
-        if stop.orphaned():
-            raise SystemExit("torchrun is gone: this rank stops")
-        if dist.all_sum(stop.requested, device=here.device)[0]:
+        if stop.asked(here):
             return True, losses_, outputs, norm
         logits, loss, extra = step_loss(task, x, mask, index, y, rows, cfg)
         flat.zero_grad()  # here, so that the last step's gradients can be looked at
@@ -310,21 +310,11 @@ def train_epoch(
     return False, losses_, outputs, norm
 
 
-def check_finite(
-    task: Task, here: dist.Ranks, order: Tensor, done: int, epoch: int, loss_steps: Tensor, norm: Tensor, lr: float
-) -> None:
-    """UserError with the first step's utterances if a loss or the last gradient norm is not a number."""
-    broken = ~torch.isfinite(loss_steps).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
-    if broken.any():
-        first = int(broken.nonzero()[0, 0])
-        used = task.units[order.split(task.a_step * here.world)[first + done]].flatten().tolist()
-        clips = task.splits["train"].clips
-        ids = sorted({clips[i].id for i in used if i < len(clips)})
-        raise UserError(
-            f"epoch {epoch}, step {first + done}: loss {loss_steps[first].tolist()}, gradient norm {norm.tolist()}, "
-            f"lr {lr:.3g}, utterances {', '.join(ids[:8])}; the last checkpoint is kept: lower --lr, set --grad-clip, "
-            "or check these utterances' features with --inspect"
-        )
+def used(task: Task, order: Tensor, step: int, here: dist.Ranks) -> list[str]:
+    """The ids of the utterances that a step of an epoch took."""
+    clips = task.splits["train"].clips
+    rows = task.units[order.split(task.a_step * here.world)[step]].flatten().tolist()
+    return [clips[i].id for i in rows if i < len(clips)]
 
 
 def read_test(cfg: Config, task: Task, place: Path, log: Logger, say: Callable[[str], None]) -> dict[str, Any]:
@@ -395,17 +385,6 @@ def hide(mask: dict[str, Tensor], chance: float) -> dict[str, Tensor]:
         kept[m] = there & shown[..., None]
     some = torch.stack([there.any(-1) for there in kept.values()]).any(0)[..., None]
     return {m: torch.where(some, kept[m], mask[m]) for m in mask}
-
-
-def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) in float64 over the frames there are; cells that are no numbers do not count."""
-    frames = values[(values != 0).any(-1)].double()
-    finite = torch.isfinite(frames)
-    n = finite.sum(0).clamp_min(1)
-    frames = torch.where(finite, frames, 0.0)
-    mean = frames.sum(0) / n
-    std = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
-    return mean.float(), std.float()
 
 
 def class_weights(target: Tensor, cfg: Config) -> Tensor | None:

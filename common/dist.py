@@ -91,6 +91,30 @@ def all_sum(*values: float, device: torch.device | None = None) -> list[float]:
     return numbers.tolist()
 
 
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(td.get_world_size())]
+        td.all_gather(parts, x.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        grad = grads[0].contiguous()
+        td.all_reduce(grad)  # every rank's loss has read these rows
+        return grad.chunk(td.get_world_size(), 1)[td.get_rank()]
+
+
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (K, b, ...) of all ranks, as many rows on each -> (K, b * world, ...) in rank order.
+
+    Gradients flow back to the rank the rows came from, summed over the losses of all ranks.
+    """
+    out = _Rows.apply(x) if td.is_initialized() else x
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 def gather(obj: Any) -> list[Any]:
     """Every rank's object, in rank order, on every rank."""
     if not td.is_initialized():
@@ -140,6 +164,12 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         self.requested = True
+
+    def asked(self, here: Ranks) -> bool:
+        """Whether any rank was asked to stop; a rank whose torchrun is gone ends here."""
+        if self.orphaned():
+            raise SystemExit("torchrun is gone: this rank stops")
+        return bool(all_sum(self.requested, device=here.device)[0])
 
     def release(self) -> None:
         """Gives SIGTERM and SIGINT back to Python."""

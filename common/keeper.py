@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint, dist
+from common.config import UserError
 from common.flat import Flat
 from common.optim import load_state_tensors, state_tensors
 
@@ -115,6 +116,21 @@ class Keeper:
             own = {name.split(".")[1]: x for name, x in self._rng.items() if name.startswith(f"rng{self.here.rank}.")}
             _set_rng_state(own)
         return done
+
+    def check_finite(self, losses: Tensor, norm: Tensor, done: int, ids: Callable[[int], list[str]], hint: str) -> None:
+        """UserError if a loss (S, K) of the epoch's steps from `done` on, or the last norm (K,), is not a number.
+
+        `ids` names the samples of a step of the epoch; `hint` is what else may help.
+        """
+        broken = ~torch.isfinite(losses).all(1).cpu() | (~torch.isfinite(norm).all()).cpu()
+        if broken.any():
+            first = int(broken.nonzero()[0, 0])
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise UserError(
+                f"epoch {self.progress.epoch}, step {first + done}: loss {losses[first].tolist()}, gradient norm "
+                f"{norm.tolist()}, lr {lr:.3g}, samples {', '.join(sorted(set(ids(first + done)))[:8])}; the last "
+                f"checkpoint is kept: lower --lr, set --grad-clip, {hint}"
+            )
 
     def note(self, rule: Rule, scores: Sequence[dict[str, Any]], values: Tensor) -> list[int]:
         """Takes in valid scores, reached by weights `values` (K, P); returns the seeds that are better than ever."""

@@ -114,6 +114,16 @@ class Logger:
         return self._writer
 
 
+def table_lines(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def confusion_png(matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | Path, title: str = "") -> None:
     """Draw a confusion matrix (rows: truth) to a PNG file, coloured by the share of its row."""
     _confusion(matrix, labels, title).savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
@@ -128,15 +138,17 @@ def confusion_image(matrix: Sequence[Sequence[int]], labels: Sequence[str], titl
     return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()  # (H, W, 4) -> (3, H, W)
 
 
-def curves_png(history: Sequence[dict[str, float]], path: str | Path) -> None:
-    """Loss, accuracy and F1 of training and validation by epoch, from records with the keys Train/Loss, Val/F1, ..."""
+def curves_png(history: Sequence[dict[str, float]], path: str | Path, names: Sequence[str]) -> None:
+    """Scores of training and validation by epoch, from records with keys such as Train/Loss and Val/Loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(3.5 * len(names), 3.2), layout="constrained")
     epochs = [point["epoch"] for point in history]
-    for axes, name in zip(figure.subplots(1, 3), ("Loss", "Accuracy", "F1"), strict=True):
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for side, colour in (("Train", "#8aa4bf"), ("Val", "#c2410c")):
-            axes.plot(epochs, [point[f"{side}/{name}"] for point in history], color=colour, label=side, marker=".")
+            if f"{side}/{name}" in history[0]:
+                values = [point[f"{side}/{name}"] for point in history]
+                axes.plot(epochs, values, color=colour, label=side, marker=".")
         axes.set_title(name, loc="left")
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)

@@ -16,6 +16,7 @@ from common.config import UserError
 
 BLOCK, BLOCKS = 4096, 64
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+GATED = ("meta-llama/", "google/gemma", "google/embeddinggemma")  # hub names that need a licence accepted
 
 
 def find_weights(name: str | os.PathLike, what: str = "weights") -> Path:
@@ -30,7 +31,7 @@ def find_weights(name: str | os.PathLike, what: str = "weights") -> Path:
     message = f"{what} '{name}' not found (looked in {', '.join(looked)})"
     if hub:
         message += f"; get them with: hf download {name} --local-dir weights/{name}"
-    if name.startswith("meta-llama/"):
+    if name.startswith(GATED):
         message += " (gated: accept the licence first)"
     raise UserError(message)
 
@@ -82,6 +83,12 @@ def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
     return {name: file for file in files for name in _open(file).keys()}
 
 
+def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a sharded or a single-file folder."""
+    files = sorted(set(tensor_files(folder).values()))
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
 def _open(file: Path):
     try:
         return safe_open(file, framework="pt")
@@ -89,8 +96,11 @@ def _open(file: Path):
         raise UserError(f"{file}: not a readable safetensors file ({error})") from None
 
 
-def read_tensors(file: str | os.PathLike, entry: str = "model") -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors or torch file, of its `entry` if it is a training checkpoint."""
+def read_tensors(file: str | os.PathLike, entry: str = "model", nested: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors or torch file, of its `entry` if it is a training checkpoint.
+
+    With `nested` those of dicts inside count too, as "dict.name".
+    """
     file = Path(file)
     if file.suffix == ".safetensors":
         shard = _open(file)
@@ -103,7 +113,15 @@ def read_tensors(file: str | os.PathLike, entry: str = "model") -> dict[str, tor
     state = state.get(entry, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"{file}: holds a {type(state).__name__}, not tensors by name")
-    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    return {name: tensor for name, tensor in _flat(state, nested) if torch.is_tensor(tensor)}
+
+
+def _flat(state: dict, nested: bool) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if nested and isinstance(value, dict):
+            yield from ((f"{name}.{inner}", part) for inner, part in _flat(value, True))
+        else:
+            yield name, value
 
 
 def _scalars() -> list:

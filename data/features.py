@@ -1,6 +1,7 @@
 """Feature stores: one tensor a clip, written once in safetensors shards and read by id through mmap."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ class Store:
     def __getitem__(self, id: str) -> Tensor:
         raise NotImplementedError  # each layout reads its own files
 
+    def length(self, id: str) -> float | None:
+        """How long a clip is, in seconds of sound or in tokens; None where its store does not say."""
+        return None
+
     def take(self, ids: Sequence[str]) -> tuple[list[Tensor], list[int]]:
         """The frames of many clips in pieces (n, D), in the clips' order, and how many frames each has."""
         parts = [torch.atleast_2d(self[id]) for id in ids]
@@ -80,10 +85,18 @@ class FeatureStore(Store):
         first, last = tensors["offsets"][row : row + 2].tolist()
         return tensors["values"][first:last].clone()
 
+    def length(self, id: str) -> float | None:
+        """How long a clip is, in seconds of sound or in tokens; None where it was added without."""
+        shard, row = self._rows[id]
+        lengths = (self._shards.get(shard) or self._open(shard)).get("lengths")
+        value = math.nan if lengths is None else lengths[row].item()
+        return None if math.isnan(value) else value
+
     def take(self, ids: Sequence[str]) -> tuple[list[Tensor], list[int]]:
         """The frames of many clips in pieces (n, D), one for neighbours in a shard, and how many frames each has."""
         parts: list[Tensor] = []
         lengths: list[int] = []
+        ids_ = self.info.get("kind") == "ids"  # a clip is (T,), not one row of width T
         run: list[int] = []  # shard, first and last row of the piece at hand
 
         def read() -> None:
@@ -91,8 +104,8 @@ class FeatureStore(Store):
                 tensors = self._shards.get(run[0]) or self._open(run[0])
                 if "rows" in tensors:
                     rows = tensors["rows"][run[1] : run[2]]
-                    size = 1 if rows.ndim == 2 else rows.shape[1]
-                    parts.append(rows.reshape(-1, rows.shape[-1]))
+                    size = 1 if rows.ndim == 2 and not ids_ else rows.shape[1]
+                    parts.append(rows.flatten() if ids_ else rows.reshape(-1, rows.shape[-1]))
                     lengths.extend([size] * len(rows))
                 else:
                     at = tensors["offsets"][run[1] : run[2] + 1]
@@ -165,6 +178,11 @@ class NpyFolder(Store):
         return array.mean(0) if len(array) > 1 else array[0]
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds features; beside a manifest it may hold the sound or the videos themselves."""
+    return (folder / "index.json").is_file() or any(folder.glob("*.npy"))
+
+
 def open_features(path: str | Path, pooling: str | None = None) -> FeatureStore | NpyFolder:
     """The store at `path` or features/`path`, whichever layout it has; `pooling` is for .npy files of many rows."""
     places = list(dict.fromkeys([Path(path), Path("features", path)]))
@@ -201,12 +219,17 @@ class StoreWriter:
     def _restart(self) -> None:
         self._ids: list[str] = []
         self._tensors: list[Tensor] = []
+        self._lengths: list[float] = []
         self._bytes, self._since = 0, time.monotonic()
 
-    def add(self, id: str, tensor: Tensor) -> None:
-        """Take one clip's features; they are on disk when their shard is full, a minute old, or closed."""
+    def add(self, id: str, tensor: Tensor, length: float | None = None) -> None:
+        """Take one clip's features; they are on disk when their shard is full, a minute old, or closed.
+
+        `length`: how long the clip is, in seconds of sound or in tokens.
+        """
         self._ids.append(id)
         self._tensors.append(tensor.detach().cpu())
+        self._lengths.append(math.nan if length is None else length)
         self._bytes += tensor.nbytes
         old = time.monotonic() - self._since > SHARD_SECONDS
         if len(self._ids) >= self.shard_rows or self._bytes >= SHARD_BYTES or old:
@@ -218,8 +241,10 @@ class StoreWriter:
             if len({tensor.shape for tensor in self._tensors}) == 1:
                 tensors = {"rows": torch.stack(self._tensors)}
             else:
-                lengths = torch.tensor([0, *map(len, self._tensors)])
-                tensors = {"values": torch.cat(self._tensors), "offsets": lengths.cumsum(0)}
+                sizes = torch.tensor([0, *map(len, self._tensors)])
+                tensors = {"values": torch.cat(self._tensors), "offsets": sizes.cumsum(0)}
+            if not all(map(math.isnan, self._lengths)):
+                tensors["lengths"] = torch.tensor(self._lengths, dtype=torch.float32)
             path = self.folder / f"shard-{self.rank:03d}-{self._number:05d}.safetensors"
             partial = path.with_suffix(".tmp")
             # save_file would make the file readable for its owner only

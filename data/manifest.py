@@ -1,5 +1,6 @@
 """The way in for a user's own clips: a CSV or JSONL manifest with one row a clip."""
 
+import contextlib
 import csv
 import difflib
 import io
@@ -87,20 +88,30 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     os.replace(partial, path)
 
 
-def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file without its byte order mark; UserError if it is missing or something else."""
+def read_text(path: str | Path, fallback: str | None = None) -> str:
+    """The text of a file, UTF-8 without its byte order mark, or else in the encoding `fallback`.
+
+    UserError: it is missing or something else.
+    """
     try:
-        # line ends stay as they are: a quoted CSV cell may hold them
-        return Path(path).read_bytes().decode("utf-8-sig")
+        content = Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} not found") from None
+    try:
+        # line ends stay as they are: a quoted CSV cell may hold them
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if fallback is not None:
+            with contextlib.suppress(UnicodeDecodeError):
+                return content.decode(fallback)
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def csv_rows(path: str | Path, needs: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line, row) of a CSV file whose header must have one of the columns `needs`."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+def csv_rows(
+    path: str | Path, needs: tuple[str, ...], fallback: str | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line, row) of a CSV file whose header must have one of the columns `needs`; see read_text."""
+    reader = csv.reader(io.StringIO(read_text(path, fallback), newline=""), strict=True)
     header: list[str] | None = None
     line = 1
     try:

@@ -1,12 +1,17 @@
-"""Decoding of audio, video and still images: mono waveforms and RGB frames. The only module that touches codecs."""
+"""Decoding of audio, video and still images: mono waveforms and RGB frames. The only module that touches codecs.
+
+A path may go on below a tar: clips.tar/a.mp3 is decoded from its place in there, nothing is unpacked.
+"""
 
 import functools
+import io
 import math
+import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -104,11 +109,54 @@ def probe(path: str | Path) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(64)  # clips are mostly read tar by tar
+def tar_index(path: str | Path) -> dict[str, tuple[int, int]]:
+    """Name -> (offset, bytes) of the regular files in a tar that is not compressed; MediaError if it is damaged."""
+    try:
+        index = {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.size < 0:  # tarfile would step back and go round for ever
+                    raise tarfile.ReadError(f"negative size at byte {member.offset}")
+                if member.isreg() and not member.issparse():
+                    index[PurePosixPath(member.name).as_posix()] = (member.offset_data, member.size)
+        # tarfile takes anything that is no header for the end
+        with open(path, "rb") as file:
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+        return index
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: damaged tar ({error})") from None
+
+
+def _member(path: Path) -> tuple[Path, int, int] | None:
+    """(tar, offset, bytes) of a path below a tar; None for any other path, and for what the tar does not hold."""
+    tar = next((above for above in path.parents if above.suffix.lower() == ".tar" and above.is_file()), None)
+    place = tar and tar_index(tar).get(path.relative_to(tar).as_posix())
+    return (tar, *place) if tar and place else None
+
+
+def _source(path: Path) -> Path | io.BytesIO:
+    """What a decoder opens: the path, or a tar's member in memory."""
+    found = _member(path)
+    if found is None:
+        return path
+    tar, offset, size = found
+    try:
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+    except OSError as error:
+        raise MediaError(f"{path}: {error.strerror}") from None
+
+
 def _present(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_file():
+    found = _member(path)
+    if found is None and not path.is_file():
         raise MediaError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}")
-    if not path.stat().st_size:
+    if not (found[2] if found else path.stat().st_size):
         raise MediaError(f"{path}: empty file")
     return path
 
@@ -131,7 +179,7 @@ def _read_sound_file(path: Path, start: float | None, end: float | None) -> tupl
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_source(path)) as file:
             first = round((start or 0) * file.samplerate)
             last = file.frames if end is None else round(end * file.samplerate)
             file.seek(min(first, file.frames))
@@ -189,8 +237,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
     # "file:" and no pattern: a name is a name, be it "a:b.mp4" or "frame%03d.png"
     options = {"pattern_type": "none"} if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".bmp", ".webp"} else {}
+    source = _source(path)
     try:
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+        file = f"file:{path}" if source is path else source
+        with av.open(file, options=options, metadata_errors="replace") as container:
             yield container
     except (FFmpegError, ValueError) as error:  # ValueError: a format that PyAV has no array for
         raise MediaError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

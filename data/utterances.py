@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from common.config import UserError
-from data.features import FeatureStore, NpyFolder, open_features
+from data.features import FeatureStore, NpyFolder, is_store, open_features
 from data.layouts import MODALITIES, label_kind, read_rows
 from data.manifest import EMOTIONS, Clip, group_of, leak_check, split_by_group
+from data.resident import Ragged, read
 
 SCHEMES = ("half_even", "half_away", "cmu")
 
@@ -54,12 +55,8 @@ class Utterances:
 
     def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Frames (K, B, T, D) and masks (K, B, T) of the utterances index (K, B); N stands for none."""
-        x, mask = {}, {}
-        for m, values in self.values.items():
-            rows = self.rows[m].index_select(0, index.flatten())  # (K * B, T)
-            x[m] = values.index_select(0, rows.flatten()).view(*index.shape, rows.shape[1], -1)
-            mask[m] = (rows < len(values) - 1).view(*index.shape, -1)
-        return x, mask
+        parts = {m: Ragged(values, self.rows[m]).gather(index) for m, values in self.values.items()}
+        return {m: part[0] for m, part in parts.items()}, {m: part[1] for m, part in parts.items()}
 
     def targets(self, head: str, scheme: str) -> Tensor:
         """(N + 1,) class indices (-1: none) or scores (NaN: none), (N + 1, 6) presence of emotions (NaN: none).
@@ -80,11 +77,8 @@ class Utterances:
 
     def standardize(self, modality: str, transform: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         """Replaces a modality's frames by transform(frames) -> (frames, where there is one)."""
-        values, there = transform(self.values[modality])
-        self.values[modality] = values
-        none = len(values) - 1
-        moved = torch.where(there, torch.arange(len(values), device=values.device), none)
-        self.rows[modality] = moved[self.rows[modality]]
+        part = Ragged(self.values[modality], self.rows[modality]).map(transform)
+        self.values[modality], self.rows[modality] = part.values, part.rows
 
 
 def _pad(x: Tensor, value: float) -> Tensor:
@@ -109,7 +103,7 @@ def load_splits(
         if shared := leak_check(splits[a], splits[b]):
             say(f"leak: {len(shared)} videos are in both {a} and {b}, such as {shared[0]!r}")
     opened = {
-        m: open_features(stores.get(m, str(folder / m))) for m in MODALITIES if m in stores or _is_store(folder / m)
+        m: open_features(stores.get(m, str(folder / m))) for m in MODALITIES if m in stores or is_store(folder / m)
     }
     for m, store in opened.items():
         if store.info.get("kind") == "ids":
@@ -120,25 +114,10 @@ def load_splits(
     return {name: load(part, kind, opened, max_frames) for name, part in splits.items()}
 
 
-def _is_store(folder: Path) -> bool:
-    """Whether a folder beside a manifest holds features; it may hold the videos themselves."""
-    return (folder / "index.json").is_file() or any(folder.glob("*.npy"))
-
-
 def load(clips: Sequence[Clip], kind: str, stores: dict[str, FeatureStore | NpyFolder], max_frames: int) -> Utterances:
     """The utterances of `clips`, in their order."""
-    values, rows = {}, {}
-    for m, store in stores.items():
-        pieces, found = store.take([clip.id for clip in clips if clip.id in store])
-        each = iter(found)
-        lengths = torch.tensor([next(each) if clip.id in store else 0 for clip in clips] + [0])
-        values[m] = torch.cat([*(piece.float() for piece in pieces), torch.zeros(1, store.dim)])
-        none = len(values[m]) - 1
-        place = torch.arange(max(1, min(max_frames, int(lengths.max()))))
-        starts = lengths.cumsum(0) - lengths
-        rows[m] = torch.where(place < lengths[:, None], starts[:, None] + place, none)
-        there = (values[m] != 0).any(-1)  # a frame of zeros is a lost one
-        rows[m] = torch.where(there[rows[m]], rows[m], none)
+    parts = {m: read([clip.id for clip in clips], store, max_frames) for m, store in stores.items()}
+    values, rows = ({m: getattr(part, name) for m, part in parts.items()} for name in ("values", "rows"))
     nan = float("nan")
     factor = 3 if kind == "score1" else 1
     score = torch.tensor([nan if clip.label is None else _score(clip, kind) * factor for clip in clips])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import metrics, probe
 from common.config import UserError
-from common.log import confusion_png
+from common.log import confusion_png, table_lines
 from data.utterances import Utterances, level
 from model.fusion import HEADS, Fusion, known, losses, masked_mean, probabilities, scores
 
@@ -226,12 +226,7 @@ def table(found: dict[str, Any], names: Sequence[str], seeds: int) -> str:
         (f"{float(r):.0%} missing", *(f"{s[n]['mean']:.4f}" for n in names))
         for r, s in found["missing"].items() if float(r) > 0
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return f"{found['split']}: {found['clips']} utterances\n" + "\n".join(lines)
+    return f"{found['split']}: {found['clips']} utterances\n" + table_lines(rows)
 
 
 def write(out: Path, found: dict[str, Any], logits: Tensor, data: Utterances) -> None:

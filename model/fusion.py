@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.config import from_dict, opt
 from common.weights import check_names, check_shapes, read_tensors
-from model.seeds import Layer, Linear, Norm, heads, masked_mean, start
+from model.seeds import Layer, Linear, Norm, Standardized, heads, masked_mean, start
 
 SENTIMENTS = (
     "strong_negative", "negative", "weak_negative", "neutral", "weak_positive", "positive", "strong_positive"
@@ -242,41 +242,21 @@ class Context(nn.Module):
 KINDS: dict[str, Any] = {"mlp": Mlp, "xfuse": XFuse, "tfn": Tfn, "lmf": Lmf, "mult": MulT}
 
 
-class Fusion(nn.Module):
+class Fusion(Standardized):
     """Standardisation, one of the fusions above, the video's context if asked for, and the head.
 
     `dims` and `frames` are width and longest sequence of each modality the data have.
     """
 
     def __init__(self, cfg: FusionConfig, dims: dict[str, int], frames: dict[str, int], seeds: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(dims, cfg.clip_sigma if cfg.normalize else math.inf)
         k, out = len(seeds), len(HEADS[cfg.head])
         self.cfg, self.dims, self.frames = cfg, dims, frames
         self.core = KINDS[cfg.model](k, dims, frames, cfg, out)
         self.context = Context(k, self.core.out_dim, cfg.drop) if cfg.context == "video" else None
         self.drop = nn.Dropout(cfg.drop if cfg.model != "mlp" else 0.0)  # mlp has its own
         self.classifier = Linear(k, self.core.out_dim, out)
-        for m, dim in dims.items():
-            self.register_buffer(f"mean_{m}", torch.zeros(dim))
-            self.register_buffer(f"std_{m}", torch.ones(dim))
         start(self, seeds)
-
-    def set_statistics(self, modality: str, mean: Tensor, std: Tensor) -> None:
-        """Mean and standard deviation (D,) of a modality's frames over the train split."""
-        self.get_buffer(f"mean_{modality}").copy_(mean)
-        # a column that never varies says nothing, and must not shout where it does vary
-        self.get_buffer(f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.inf))
-
-    def standardize(self, modality: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw frames (..., D) -> standardised frames, and where there is a frame: one of zeros is none.
-
-        Values that are no numbers become the train mean. Frames that are absent become zeros.
-        """
-        mask = (x != 0).any(-1)
-        mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
-        limit = self.cfg.clip_sigma if self.cfg.normalize else torch.inf
-        x = torch.where(torch.isfinite(x), (x.float() - mean) / std, 0.0).clamp(-limit, limit)
-        return torch.where(mask[..., None], x, 0.0), mask
 
     def logits(
         self, x: dict[str, Tensor], mask: dict[str, Tensor], videos: tuple[int, Tensor] | None = None
@@ -394,5 +374,5 @@ def load_original(model: Fusion, path: str) -> str:
     with torch.no_grad():
         for name, p in wanted.items():
             p.copy_(tensors[name].expand_as(p))
-    model.cfg.normalize = False  # the guide's network reads features as they are
+    model.cfg.normalize, model.limit = False, math.inf  # the guide's network reads features as they are
     return f"{len(tensors)}/{len(wanted)} tensors"

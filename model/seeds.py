@@ -85,6 +85,44 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * weight).sum(2) / weight.sum(2).clamp_min(1)
 
 
+class Standardized(nn.Module):
+    """Keeps mean and deviation of each modality's frames over the train split, and cuts them at `limit` deviations."""
+
+    def __init__(self, dims: dict[str, int], limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        for m, dim in dims.items():
+            self.register_buffer(f"mean_{m}", torch.zeros(dim))
+            self.register_buffer(f"std_{m}", torch.ones(dim))
+
+    def set_statistics(self, modality: str, mean: Tensor, std: Tensor) -> None:
+        """Mean and standard deviation (D,) of a modality's frames over the train split."""
+        self.get_buffer(f"mean_{modality}").copy_(mean)
+        # a column that never varies says nothing, and must not shout where it does vary
+        self.get_buffer(f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.inf))
+
+    def standardize(self, modality: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw frames (..., D) -> standardised frames, and where there is a frame: one of zeros is none.
+
+        Values that are no numbers become the train mean. Frames that are absent become zeros.
+        """
+        mask = (x != 0).any(-1)
+        mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
+        x = torch.where(torch.isfinite(x), (x.float() - mean) / std, 0.0).clamp(-self.limit, self.limit)
+        return torch.where(mask[..., None], x, 0.0), mask
+
+
+def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) in float64 over the frames there are; cells that are no numbers do not count."""
+    frames = values[(values != 0).any(-1)].double()
+    finite = torch.isfinite(frames)
+    n = finite.sum(0).clamp_min(1)
+    frames = torch.where(finite, frames, 0.0)
+    mean = frames.sum(0) / n
+    std = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
+    return mean.float(), std.float()
+
+
 @torch.no_grad()
 def start(module: nn.Module, seeds: Sequence[int]) -> None:
     """Draws each seed's weights from its own generator, so that it begins alike alone and among others.

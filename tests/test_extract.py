@@ -1,6 +1,7 @@
 """extract.py from raw media to a store: what is skipped, what is an error, and that an interruption costs nothing."""
 
 import csv
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
 import extract
 from common import config
@@ -79,6 +81,24 @@ def test_ragged_stores_of_frames_and_ids(tmp_path):
     ids = FeatureStore(tmp_path / "t")["tone1"]
     assert torch.equal(ids, encoders.load("hashtext").encode("words 1"))
     assert ids.dtype == torch.int32
+
+
+def test_weights_and_options_reach_the_encoder(tmp_path):
+    layers = {"bank.weight": torch.randn(8, 1, 201), "code.weight": torch.randn(13, 8, 1)}
+    (tmp_path / "net").mkdir()
+    save_file(layers, tmp_path / "net/model.safetensors")
+    clips, out = tones(tmp_path, 2), tmp_path / "store"
+    run("--encoder", "wavcoch", "--weights", tmp_path / "net", "--manifest", clips, "--out", out)
+    store = FeatureStore(out)
+    encoder = encoders.load(store.info["encoder"], **store.info["options"])
+    assert torch.equal(store["tone1"], encoder.encode(load_audio(tmp_path / "tone1.wav")))
+    digest = hashlib.sha256((tmp_path / "net/model.safetensors").read_bytes()).hexdigest()
+    assert store.info["weights_sha256"] == {"model.safetensors": digest}
+    options = ("--options", f"wavcoch={tmp_path / 'net'},layers=2-3,original=yes")
+    with pytest.raises(
+        UserError, match=r"net: not an AuriStream: no transformer.wte.weight in bank.weight, code.weight"
+    ):
+        run("--encoder", "auristream", "--weights", tmp_path / "net", *options, "--manifest", clips, "--out", out / "a")
 
 
 def test_patches_of_the_peak_frame_in_a_merr_folder(tmp_path):
@@ -169,9 +189,18 @@ def test_mistakes_are_named(tmp_path):
         ([], r"^give one of --manifest FILE and --data-root DIR$"),
         (["--manifest", clips, "--data-root", tmp_path], r"^give one of --manifest FILE and --data-root DIR$"),
         (["--manifest", tmp_path / "no.csv"], r"no\.csv not found$"),
-        (["--manifest", clips, "--encoder", "mel"], r"^--encoder: 'mel' is not one of logmel, framestats, hashtext$"),
+        (["--manifest", clips, "--encoder", "mel"], r"^--encoder: 'mel' is not one of logmel, framestats, hash"),
         (["--manifest", clips, "--pooling", "mean"], r"^--pooling: 'mean' is not one of stats, frames \(logmel\)$"),
         (["--manifest", clips, "--image-size", 56], r"^encoder logmel has no option image_size \(options: none\)$"),
+        (["--manifest", clips, "--weights", "x"], r"^encoder logmel has no weights to load from x$"),
+        (
+            ["--manifest", clips, "--encoder", "wavcoch"],
+            r"^wavcoch weights 'TuKoResearch/WavCochV8192' not found .*hf down",
+        ),
+        (
+            ["--manifest", clips, "--encoder", "framestats", "--options", "frames=few"],
+            r"^encoder framestats: frames: 'few' is not an int$",
+        ),
         (["--manifest", clips, "--encoder", "framestats"], r"^none of the 1 clips has what framestats reads \(see "),
     ):
         with pytest.raises(UserError, match=message):
@@ -180,10 +209,10 @@ def test_mistakes_are_named(tmp_path):
 
 # each clip becomes a shard of its own, so that there is something to find after a kill
 SLOW = """
-import time, extract, data.features as f
+import time, extract, data.extraction as e, data.features as f
 from common import config
-f.SHARD_SECONDS, encode = 0, extract.encode_clip
-extract.encode_clip = lambda *args: (time.sleep(0.1), encode(*args))[1]
+f.SHARD_SECONDS, decode = 0, e.decode_clip
+e.decode_clip = lambda *args: (time.sleep(0.1), decode(*args))[1]
 config.run(extract.Config, extract.main)
 """
 

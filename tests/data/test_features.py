@@ -125,6 +125,23 @@ def test_resume_with_other_settings_is_refused(tmp_path):
         StoreWriter(tmp_path, INFO | {"pooling": "frames"})
 
 
+@pytest.mark.parametrize("rows", [[torch.ones(3)] * 3, [torch.ones(n, 3) for n in (2, 1, 4)]])
+def test_lengths_are_kept_where_they_are_known(tmp_path, rows):
+    writer = StoreWriter(tmp_path, INFO)
+    for id, row, length in zip("abc", rows, (1.5, None, 300), strict=True):
+        writer.add(id, row, length)
+    writer.close()
+    writer.add("d", torch.ones(3))
+    writer.finish()
+    store = FeatureStore(tmp_path)
+    assert [store.length(id) for id in "abcd"] == [1.5, None, 300, None]
+    assert all(torch.equal(store[id], row) for id, row in zip("abc", rows, strict=True))
+    with safe_open(tmp_path / "shard-000-00000.safetensors", "pt") as file:
+        assert file.get_tensor("lengths").dtype == torch.float32
+    with safe_open(tmp_path / "shard-000-00001.safetensors", "pt") as file:
+        assert set(file.keys()) == {"rows"}
+
+
 def test_check_names_the_clip(tmp_path):
     write(tmp_path, {"a": torch.zeros(3), "b": torch.tensor([float("nan"), 1, float("inf")])})
     store = FeatureStore(tmp_path)
@@ -159,6 +176,7 @@ def test_npy_folder_of_utterance_vectors(tmp_path):
         assert store[id].dtype == torch.float32
         assert np.allclose(store[id].numpy(), array.reshape(4))
     assert "c" not in store
+    assert store.length("a") is None
 
 
 def test_npy_files_that_would_shift_rows_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Decoding of the odd files that real collections hold; all made here, the real ones only with EMOTORCH_DATA."""
 
+import io
 import os
 import struct
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from data.media import MediaError, NoAudio, NoVideo, load_audio, load_frame, load_frames, probe
+from data.media import MediaError, NoAudio, NoVideo, load_audio, load_frame, load_frames, probe, tar_index
 
 W, H = 64, 48
 SHARED = os.environ.get("EMOTORCH_DATA")
@@ -252,6 +254,89 @@ def test_cut_short_after_the_index(tmp_path):
     front.write_bytes(content[: content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4])
     with pytest.raises(MediaError, match=r"b\.mp4: truncated, 0\.\d s of 2\.4 s$"):
         load_frames(front, 4)
+
+
+def pack(path, members, format=tarfile.PAX_FORMAT, mode="w"):
+    """A tar of name -> file to put in, bytes or type of member."""
+    with tarfile.open(path, mode, format=format) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if content in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+                member.type, member.linkname = content, "a.wav"
+                tar.addfile(member)
+            else:
+                content = content.read_bytes() if isinstance(content, Path) else content
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_of_a_tar_are_decoded_in_place(tmp_path, format):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-1, 1, 8000), 16000)
+    soundfile.write(tmp_path / "a.mp3", np.sin(np.arange(24000) / 9), 24000)
+    make_video(tmp_path / "a.mp4", 10, audio=0.4)
+    make_video(tmp_path / "a%03d.mkv", 10, audio=0.4)
+    names = {f"./{'long' * 40}/é {name}": name for name in ("a.wav", "a.mp3", "a.mp4", "a%03d.mkv")}
+    tar = pack(tmp_path / "clips.TAR", {member: tmp_path / name for member, name in names.items()}, format)
+    for member, name in names.items():
+        loose, packed = tmp_path / name, tar / member
+        for window in ({}, {"start": 0.1, "end": 0.3}):
+            assert torch.equal(load_audio(packed, **window), load_audio(loose, **window)), name
+        facts = probe(packed)
+        assert facts == probe(loose)
+        if facts["has_video"]:
+            assert torch.equal(load_frames(packed, 3), load_frames(loose, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names.values(), "clips.TAR"])
+
+
+def test_pictures_in_a_tar(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("a%03d.jpg", "a.png"):
+        image.fromarray(np.full((H, W, 3), 80, np.uint8)).save(tmp_path / name)
+        tar = pack(tmp_path / "a.tar", {name: tmp_path / name})
+        tar_index.cache_clear()
+        assert torch.equal(load_frames(tar / name, 2), load_frames(tmp_path / name, 2))
+
+
+def test_only_regular_files_of_a_tar(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 16000)
+    odd = {"link.wav": tarfile.SYMTYPE, "hard.wav": tarfile.LNKTYPE, "pipe.wav": tarfile.FIFOTYPE}
+    members = {"a.wav": tmp_path / "a.wav", **odd, "d": tarfile.DIRTYPE, "empty.wav": b"", "../up.wav": b"x"}
+    tar = pack(tmp_path / "a.tar", members)
+    assert set(tar_index(tar)) == {"a.wav", "empty.wav", "../up.wav"}
+    assert len(load_audio(tar / "a.wav")) == 100
+    for name in (*odd, "d", "b.wav", "a.wav/b.wav", "../a.tar.wav"):
+        with pytest.raises(MediaError, match=r"a\.tar/.*: not found$"):
+            load_audio(tar / name)
+    with pytest.raises(MediaError, match=r"a\.tar/empty\.wav: empty file$"):
+        load_audio(tar / "empty.wav")
+    (tmp_path / "b.tar").mkdir()
+    soundfile.write(tmp_path / "b.tar/a.wav", np.zeros(50), 16000)
+    assert len(load_audio(tmp_path / "b.tar/a.wav")) == 50
+
+
+def test_damaged_tars(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(4000), 16000)
+    whole = pack(tmp_path / "a.tar", {name: tmp_path / "a.wav" for name in ("a.wav", "b.wav", "c.wav")}).read_bytes()
+    size = (512 + tmp_path.joinpath("a.wav").stat().st_size + 511) // 512 * 512
+    negative = tarfile.TarInfo("b.wav").tobuf()
+    negative = bytearray(negative[:124] + b"\xff" * 11 + b"\x00" + negative[136:])  # base 256, below zero
+    negative[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(negative))[0]
+    contents = {
+        "half": whole[: size + size // 2],
+        "rubbish": whole[:size] + b"rubbish!" * 1000,
+        "empty": b"",
+        "text": b"no tar at all\n" * 100,
+        "zipped": pack(tmp_path / "z.tar", {"a.wav": b"x"}, mode="w:gz").read_bytes(),
+        "negative": whole[:size] + bytes(negative) + whole[size:],
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(MediaError, match=rf"^\S*{name}\.tar: damaged tar \(.+\)$"):
+            load_audio(tmp_path / f"{name}.tar/a.wav")
+    (tmp_path / "whole.tar").write_bytes(whole[: 3 * size])  # some writers leave the end out
+    assert len(load_audio(tmp_path / "whole.tar/a.wav")) == 4000
 
 
 def test_errors_hold_one_line(tmp_path):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import train_mosei
 from common import checkpoint
 from common.config import UserError
 from model import fusion
 from model.fusion import HEADS, Fusion, FusionConfig
+from model.seeds import statistics
 
 DIMS = {"text": 7, "audio": 5, "video": 4}
 FRAMES = {"text": 4, "audio": 11, "video": 9}  # audio and video are longer than xfuse's latents
@@ -458,10 +458,10 @@ def test_statistics_are_of_the_frames_there_are():
     x[1, 0], x[2, 0], x[3, 3] = torch.nan, -torch.inf, torch.inf
     frames = x[(x != 0).any(1)].double().numpy()
     frames[~np.isfinite(frames)] = np.nan
-    mean, std = train_mosei.statistics(x)
+    mean, std = statistics(x)
     np.testing.assert_allclose(mean, np.nanmean(frames, 0), rtol=1e-6)
     np.testing.assert_allclose(std, np.nanstd(frames, 0), rtol=1e-6, atol=1e-9)
-    alike = train_mosei.statistics(torch.cat([x, torch.zeros(500, 4)]))
+    alike = statistics(torch.cat([x, torch.zeros(500, 4)]))
     assert torch.equal(alike[0], mean)
     assert torch.equal(alike[1], std)
     model = Fusion(FusionConfig("mlp"), {"text": 4}, {"text": 1}, [0])

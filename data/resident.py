@@ -1,0 +1,55 @@
+"""Features of many clips in memory, back to back, gathered by index on their device: no loader, no padding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.features import Store
+
+
+@dataclass
+class Ragged:
+    """Frames of N clips; the last row of `values` is zeros and stands for no frame."""
+
+    values: Tensor  # (S + 1, D), or ids (S + 1,)
+    rows: Tensor  # (N + 1, T), where each frame is in values; S for none; the last clip has none
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (K, B, T, D), or ids (K, B, T), and mask (K, B, T) of the clips index (K, B); N stands for none."""
+        rows = self.rows.index_select(0, index.flatten())  # (K * B, T)
+        x = self.values.index_select(0, rows.flatten())
+        mask = (rows < len(self.values) - 1).view(*index.shape, -1)
+        return x.view(*mask.shape, *x.shape[1:]), mask
+
+    def map(self, transform: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Ragged":
+        """The same clips with transform(frames) -> (frames, where there is one); what transform drops is gone."""
+        values, there = transform(self.values)
+        moved = torch.where(there, torch.arange(len(values), device=values.device), len(values) - 1)
+        return Ragged(values, moved[self.rows])
+
+    def to(self, device: torch.device) -> "Ragged":
+        return Ragged(self.values.to(device), self.rows.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.rows.nbytes
+
+
+def read(ids: Sequence[str], store: Store, max_frames: int) -> Ragged:
+    """The features of clips in their order; what is beyond max_frames is cut, and clips the store lacks have none."""
+    pieces, found = store.take([id for id in ids if id in store])
+    if store.info.get("kind") == "ids":
+        values = torch.cat([*pieces, torch.zeros(1)]).int()
+        there = torch.ones(len(values), dtype=torch.bool)
+    else:
+        values = torch.cat([*(piece.float() for piece in pieces), torch.zeros(1, store.dim)])
+        there = (values != 0).any(-1)  # a frame of zeros is a lost one
+    each = iter(found)
+    lengths = torch.tensor([next(each) if id in store else 0 for id in ids] + [0])
+    none = len(values) - 1
+    place = torch.arange(max(1, min(max_frames, int(lengths.max()))))
+    starts = lengths.cumsum(0) - lengths
+    rows = torch.where(place < lengths[:, None], starts[:, None] + place, none)
+    return Ragged(values, torch.where(there[rows], rows, none))

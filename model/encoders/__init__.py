@@ -3,13 +3,26 @@
 import difflib
 import importlib
 import inspect
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from common.config import UserError
+from common.options import Option, read
+from common.weights import find_weights, full_sha256, identity, tensor_files
 
-ENCODERS = {"logmel": "LogMel", "framestats": "FrameStats", "hashtext": "HashText"}  # module -> class
+ENCODERS = {  # module -> class
+    "logmel": "LogMel",
+    "framestats": "FrameStats",
+    "hashtext": "HashText",
+    "auristream": "AuriStream",
+    "wavcoch": "WavCoch",
+    "embeddinggemma": "EmbeddingGemma",
+}
 
 
 class Encoder(nn.Module):
@@ -24,7 +37,8 @@ class Encoder(nn.Module):
     dim: int
     dtype = "float32"
     poolings: tuple[str, ...]
-    weights_sha256: str | None = None
+    hub: str | None = None  # where its weights are published; its first option is then the folder that holds them
+    weights_sha256: dict[str, str] | None = None  # of every file that its output depends on
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -45,16 +59,54 @@ class Encoder(nn.Module):
 
 
 def load(name: str, folder: str | None = None, **options: Any) -> Any:
-    """The frozen encoder `name` in evaluation mode; `folder` holds its weights, where it has any."""
+    """The frozen encoder `name` in evaluation mode; options may be text, as flags give them.
+
+    `folder` holds its weights, where it has any: a path or a hub name, by default where they are published.
+    """
     if name not in ENCODERS:
         near = difflib.get_close_matches(name, ENCODERS, 1)
         hint = f"nearest: {near[0]}; " if near else ""
         raise UserError(f"unknown encoder '{name}' ({hint}there are {', '.join(ENCODERS)})")
-    if folder is not None:
-        raise UserError(f"encoder {name} has no weights to load from {folder}")
     cls = getattr(importlib.import_module(f"model.encoders.{name}"), ENCODERS[name])
-    allowed = list(inspect.signature(cls).parameters)
+    if folder is not None and cls.hub is None:
+        raise UserError(f"encoder {name} has no weights to load from {folder}")
+    allowed = dict(inspect.signature(cls).parameters)
+    allowed.pop("folder", None)
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise UserError(f"encoder {name} has no option {unknown[0]} (options: {', '.join(allowed) or 'none'})")
+    for option, given in options.items():
+        try:
+            options[option] = _read(given, allowed[option])
+        except ValueError as error:
+            raise UserError(f"encoder {name}: {option}: {error}") from None
+    if cls.hub is not None:
+        options["folder"] = folder or cls.hub
     return cls(**options).eval().requires_grad_(False)
+
+
+def _read(given: Any, parameter: inspect.Parameter) -> Any:
+    """The value of an option, maybe given as text, in the type of its parameter; ValueError if it is none."""
+    kinds = [kind for kind in typing.get_args(parameter.annotation) if kind is not type(None)]
+    return read(given, Option(parameter.name, (kinds or [parameter.annotation])[0], None, bool(kinds), None))
+
+
+def portable(given: str, folder: Path) -> str:
+    """The name that an index gives to the weights that `given` led to: their hub name where that leads there too."""
+    name = identity(folder)["name"]
+    try:
+        return name if "/" in name and find_weights(name).samefile(folder) else given
+    except UserError:
+        return given
+
+
+def sha256(folder: Path, *beside: str) -> dict[str, str]:
+    """File -> sha256, of the folder's tensors and of those of the files `beside` them that are there."""
+    names = sorted({*(path.name for path in tensor_files(folder).values()), *beside})
+    return {name: full_sha256(folder / name)[Path(name).name] for name in names if (folder / name).is_file()}
+
+
+def listing(names: Iterable[str]) -> str:
+    """All of these tensor names in one line; where they are many, the same one of every layer once, its number a *."""
+    names = list(names)
+    return ", ".join(names if len(names) <= 8 else dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

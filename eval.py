@@ -3,31 +3,36 @@
 $ python eval.py --ckpt out/llm_fast/checkpoints/best
 $ python eval.py --ckpt out/ravdess --decode generate --fold 2
 $ python eval.py --ckpt out/mosei --data-root datasets/mosei
+$ python eval.py --ckpt out/slm
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from common import checkpoint, config, dist, metrics
 from common.config import UserError, opt
 from common.log import confusion_png
+from data import pairs
 from data.clips import ClipData, Features, load_test
 from data.mosei import open_corpus
 from data.prompts import LAYOUTS
 from data.utterances import load_splits
-from evals import emotion, sentiment
+from evals import emotion, retrieval, sentiment, speech
 from evals.emotion import BENCHMARKS, DecodeConfig
-from predict import FusionPredictor, LlmPredictor, load
+from model import clap, fusion, slm
+from predict import LlmPredictor, load
 
 
 @dataclass
 class Config:
     ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
     bench: str | None = opt(
-        None, "mer2023: six labels of a MERR list; clips: any manifest or list; mosei: sentiment; default: by the data",
-        "--bench", choices=(*BENCHMARKS, "mosei"),
+        None, "mer2023: six labels of a MERR list; clips: any manifest or list; the others belong to one kind of "
+        "checkpoint; default: by checkpoint and data",
+        "--bench", choices=(*BENCHMARKS, "mosei", "clap", "slm"),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     out: str | None = opt(
@@ -52,10 +57,15 @@ def main(cfg: Config) -> None:
         raise UserError("--ckpt is needed (a run folder or a checkpoint)")
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
-    if checkpoint.read_state(checkpoint.resolve(cfg.ckpt, prefer="best")).get("system") == "mosei":
-        return score_fusion(cfg, here, say)
-    if cfg.bench == "mosei":
-        raise UserError("--bench mosei: this checkpoint is a language model's (benchmarks: mer2023, clips)")
+    folder = checkpoint.resolve(cfg.ckpt, prefer="best")
+    state = checkpoint.read_state(folder)
+    system = state.get("system")
+    if system in OTHERS:
+        if cfg.bench not in (None, system):
+            raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
+        return OTHERS[system](cfg, folder, state, here, say) if here.main else None
+    if cfg.bench in OTHERS:
+        raise UserError(f"--bench {cfg.bench}: this checkpoint is a language model's (benchmarks: mer2023, clips)")
     predictor = load(cfg.ckpt, str(here.device), llm=cfg.llm)
     assert isinstance(predictor, LlmPredictor)
     say(f"{predictor.folder}: {predictor.coverage}")
@@ -95,28 +105,60 @@ def place(cfg: Config, folder: Path, bench: str) -> Path:
     return Path(cfg.out) if cfg.out else run / "eval" / bench / folder.name
 
 
-def score_fusion(cfg: Config, here: dist.Ranks, say: Callable[[str], None]) -> None:
+def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
     """The report of train_mosei.py again, on the test split of its data or of another set's."""
-    predictor = load(cfg.ckpt, str(here.device))
-    assert isinstance(predictor, FusionPredictor)
-    say(f"{predictor.folder}: {predictor.coverage}")
-    if cfg.bench not in (None, "mosei"):
-        raise UserError(f"--bench {cfg.bench}: this checkpoint scores sentiment (benchmark: mosei)")
-    if not here.main:
-        return
-    made = checkpoint.read_state(predictor.folder)["config"]
+    model, coverage = fusion.load(folder, state, here.device)
+    say(f"{folder}: {coverage}")
+    made = state["config"]
     root = cfg.data_root or cfg.manifest or made["data_root"]
     splits = load_splits(open_corpus(root, say), made["stores"], made["valid_share"], made["split_seed"],
                          made["max_frames"], say)  # fmt: skip
     for data in splits.values():
-        sentiment.standardize(data, predictor.model, cfg.streams)
+        sentiment.standardize(data, model, cfg.streams)
     if not len(splits["test"]):
         raise UserError(f"{root}: no test utterances")
     splits = {name: data.to(here.device) for name, data in splits.items()}
-    report, logits = sentiment.report(predictor.model, splits, made["label_scheme"], say)
-    out = place(cfg, predictor.folder, "mosei")
+    report, logits = sentiment.report(model, splits, made["label_scheme"], say)
+    out = place(cfg, folder, "mosei")
     sentiment.write(out, report, logits, splits["test"])
     say(f"written to {out}")
+
+
+def score_clap(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
+    """Retrieval among the test pairs of train_clap.py's data or of another set's."""
+    model, coverage = clap.load(folder, state, here.device)
+    say(f"{folder}: {coverage}")
+    splits = pairs.reopen(state, moved(cfg), [], say)
+    test = splits["test"]
+    test.standardize(model.dense, model.standardize)
+    found = retrieval.report(model, test.to(here.device), "test")
+    out = place(cfg, folder, "clap")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(found, indent=1))
+    say(f"{retrieval.table(found)}\nwritten to {out}")
+
+
+def score_slm(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
+    """The report of train_slm.py again, on the test split of its data or of another set's."""
+    model, coverage = slm.load(folder, state, here.device)
+    say(f"{folder}: {coverage}")
+    splits = pairs.reopen(state, moved(cfg), state["labels"], say)
+    for part in splits.values():
+        part.standardize(model.clap.dense, model.clap.standardize)
+    splits = {name: part.to(here.device) for name, part in splits.items()}
+    note = "sound standardised by all clips of its speaker" if state["config"]["data"]["speaker_norm"] else ""
+    found, logits = speech.report(model, splits, state["labels"], len(state["seeds"]), "test", say, note)
+    out = place(cfg, folder, "slm")
+    speech.write(out, found, logits, splits["test"])
+    say(f"written to {out}")
+
+
+def moved(cfg: Config) -> dict[str, Any]:
+    """What of the data's place the command changes."""
+    return {name: getattr(cfg, name) for name in ("data_root", "manifest", "fold") if getattr(cfg, name)}
+
+
+OTHERS: dict[str | None, Callable] = {"mosei": score_fusion, "clap": score_clap, "slm": score_slm}
 
 
 if __name__ == "__main__":

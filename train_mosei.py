@@ -257,7 +257,7 @@ def load_task(
     for part in splits.values():
         sentiment.standardize(part, model)
     size = sum(x.nbytes for part in splits.values() for x in (*part.values.values(), *part.rows.values()))
-    resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and fits(size, here))
+    resident = here.device.type == "cpu" or cfg.resident == "yes" or (cfg.resident == "auto" and dist.fits(size, here))
     if resident:
         splits = {name: part.to(here.device) for name, part in splits.items()}
         train = splits["train"]
@@ -429,11 +429,6 @@ def plain(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     names = {"accuracy": "accuracy", "precision": "precision_weighted", "recall": "recall_weighted",
              "f1": "weighted_f1", "loss": "loss"}  # fmt: skip
     return {ours: scores[name]["mean"] for ours, name in names.items() if name in scores}
-
-
-def fits(size: int, here: dist.Ranks) -> bool:
-    """Whether the data take less than half of the device's free memory."""
-    return size < torch.cuda.mem_get_info(here.device)[0] / 2
 
 
 def load_weights(model: Fusion, path: str) -> str:

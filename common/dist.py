@@ -138,6 +138,11 @@ def barrier() -> None:
         td.barrier()
 
 
+def fits(size: int, here: Ranks) -> bool:
+    """Whether `size` bytes take less than half of the GPU's free memory."""
+    return size < torch.cuda.mem_get_info(here.device)[0] / 2
+
+
 def main_first(here: Ranks, work: Any) -> Any:
     """Runs work() on rank 0 while the others wait, and gives every rank its result; its UserError reaches all ranks."""
     result, error = None, None

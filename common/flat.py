@@ -1,9 +1,13 @@
 """Small models at full speed: the parameters of K seeds in one tensor, their gradients in another."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+KINDS = ("table", "decayed", "plain")
 
 
 class Flat:
@@ -17,31 +21,34 @@ class Flat:
         # each seed's parameters lie together, so one parameter of all seeds does not: autograd warns, without effect
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        # matrices first, so that what decays is one stretch of a row
-        named.sort(key=lambda pair: pair[1].ndim < 3 or pair[0].endswith("bias"))
+        # what decays alike is one stretch of a row: tables of ids, then matrices, then biases and scales
+        named.sort(key=lambda pair: KINDS.index(_kind(*pair)))
         k = len(named[0][1])
         self.values = torch.cat([p.detach().reshape(k, -1) for _, p in named], 1)
         self.grads = torch.zeros_like(self.values)
-        self.decayed = sum(p[0].numel() for name, p in named if p.ndim >= 3 and not name.endswith("bias"))
         first = 0
-        for _, p in named:
+        ends: dict[str, int] = {}
+        for name, p in named:
             last = first + p[0].numel()
             p.data = self.values[:, first:last].view(p.shape)
             p.grad = self.grads[:, first:last].view(p.shape)
-            first = last
-        # the optimiser sees two parameters a seed
+            ends[_kind(name, p)] = first = last
+        # the optimiser sees two or three parameters a seed
+        self.kinds = list(ends)
         self.parts = nn.ParameterDict()
         for seed in range(k):
-            for name, span in (("decayed", slice(0, self.decayed)), ("plain", slice(self.decayed, None))):
-                part = nn.Parameter(self.values[seed, span])
-                part.grad = self.grads[seed, span]
+            for name, start, end in zip(ends, [0, *ends.values()], ends.values(), strict=False):
+                part = nn.Parameter(self.values[seed, start:end])
+                part.grad = self.grads[seed, start:end]
                 self.parts[f"{name}_{seed}"] = part
 
-    def adamw(self, lr: float, weight_decay: float) -> torch.optim.AdamW:
-        """Fused AdamW with two groups a seed, seed by seed."""
+    def adamw(self, lr: float, weight_decay: float, table_decay: float | None = None) -> torch.optim.AdamW:
+        """Fused AdamW, its groups seed by seed; tables of ids decay like matrices unless told otherwise."""
+        decays = {
+            "table": weight_decay if table_decay is None else table_decay, "decayed": weight_decay, "plain": 0.0
+        }  # fmt: skip
         groups = [
-            {"params": [part], "weight_decay": weight_decay if name.startswith("decayed") else 0.0}
-            for name, part in self.parts.items()
+            {"params": [part], "weight_decay": decays[name.rpartition("_")[0]]} for name, part in self.parts.items()
         ]
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
@@ -53,11 +60,31 @@ class Flat:
             self.grads.mul_((most / (norm + 1e-6)).clamp(max=1.0)[:, None])
         return norm
 
+    @contextlib.contextmanager
+    def holding(self, values: Tensor | None) -> Iterator[None]:
+        """Other weights (K, P) for the time of a with block; None: those there are."""
+        if values is None:
+            yield
+            return
+        own = self.values.clone()
+        self.values.copy_(values)
+        try:
+            yield
+        finally:
+            self.values.copy_(own)
+
     def zero_grad(self) -> None:
         self.grads.zero_()
 
 
 def set_lrs(optimizer: torch.optim.Optimizer, lrs: list[float]) -> None:
-    """Gives each seed's two groups its learning rate."""
+    """Gives each seed's groups its learning rate."""
+    each = len(optimizer.param_groups) // len(lrs)
     for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = lrs[i // 2]
+        group["lr"] = lrs[i // each]
+
+
+def _kind(name: str, p: Tensor) -> str:
+    if name.endswith("table"):
+        return "table"
+    return "plain" if p.ndim < 3 or name.endswith("bias") else "decayed"

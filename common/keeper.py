@@ -98,9 +98,12 @@ class Keeper:
         self.progress = Progress(**{name: state[name] for name in vars(Progress())})
         self.watches = [Watch(**watch) for watch in self.progress.watches]
         tensors = checkpoint.read_tensors(start / checkpoint.OPTIMIZER)
+        if "best" not in tensors:
+            raise UserError(f"{start}: holds weights only, so --ckpt can start from it; --resume needs epoch_* or last")
         self.best.copy_(tensors.pop("best"))
-        for name, value in self.extra.items():
-            value.copy_(tensors.pop(f"extra.{name}"))
+        extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("extra.")}
+        for name, value in self.extra.items():  # what the run had not before starts as it is
+            value.copy_(extra.get(f"extra.{name}", value))
         self._rng = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
         load_state_tensors(self.flat.parts, self.optimizer, tensors)
         for name, now in (("world", self.here.world), ("threads", torch.get_num_threads())):
@@ -110,10 +113,13 @@ class Keeper:
     def begin(self, seed: int, iters: int) -> int:
         """Seeds the generators for the epoch at hand; returns the steps of it that a stopped run has taken."""
         progress = self.progress
-        done = progress.step - progress.epoch * iters
+        if progress.best and dist.main_first(self.here, self._best_is_elsewhere):
+            self._write_best()
+        # epochs before may have had another number of steps, and the stopped run more than there are now
+        done = min(progress.step - (progress.history[-1]["step"] if progress.history else 0), iters - 1)
         dist.seed_all(seed, progress.epoch, self.here.rank)
-        if done and self._rng:
-            own = {name.split(".")[1]: x for name, x in self._rng.items() if name.startswith(f"rng{self.here.rank}.")}
+        own = {name.split(".")[1]: x for name, x in self._rng.items() if name.startswith(f"rng{self.here.rank}.")}
+        if done and own:
             _set_rng_state(own)
         return done
 
@@ -171,10 +177,17 @@ class Keeper:
             "metric": metric, "checkpoint": name, "value": sum(w.best or 0.0 for w in self.watches) / len(self.watches),
             "epochs": [w.epoch for w in self.watches],
         }  # fmt: skip
-        now = self.flat.values.clone()
-        self.flat.values.copy_(self.best)
-        self.save(name, ("best",))
-        self.flat.values.copy_(now)
+        self._write_best()
+
+    def _best_is_elsewhere(self) -> bool:
+        """Whether the run goes on from another folder's checkpoint, or from before what `best` points at."""
+        link = self.root / "best"
+        return not link.exists() or link.resolve().name != self.progress.best["checkpoint"]
+
+    def _write_best(self) -> None:
+        name = self.progress.best["checkpoint"]
+        with self.flat.holding(self.best):
+            self.save(name, ("best",))
         if self.here.main:
             for old in self.root.glob("best_*"):
                 if old.name != name:

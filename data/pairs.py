@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import UserError, opt
+from common.config import UserError, from_dict, opt
 from data.dialogue import previous, same_speaker
 from data.features import Store, is_store, open_features
 from data.manifest import Clip, leak_check, read_manifest, split_by_group
@@ -64,6 +64,35 @@ class Pairs:
         moved = {name: getattr(self, name).to(device) for name in ("label", "script", "before", "same")}
         return replace(self, **moved, parts={m: part.to(device) for m, part in self.parts.items()})
 
+    def labelled(self) -> "Pairs":
+        """The clips whose label is known; dialogues cannot be cut so."""
+        if bool((self.label >= 0).all()):
+            return self
+        if self.before.shape[1]:
+            raise UserError(f"clip '{self.clips[int((self.label < 0).nonzero()[0])].id}' has no label")
+        keep = (self.label >= 0).nonzero()[:, 0]
+        ends = torch.cat([keep, keep.new_tensor([len(self)])])
+        return replace(
+            self, clips=[self.clips[i] for i in keep.tolist()], label=self.label[keep], script=self.script[keep],
+            parts={m: Ragged(part.values, part.rows[ends]) for m, part in self.parts.items()},
+            before=self.before[ends], same=self.same[ends],
+        )  # fmt: skip
+
+    def deal_labels(self, seed: int) -> None:
+        """Gives every clip the label of another, drawn at random."""
+        self.label = self.label[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
+
+    def deal_words(self, seed: int) -> None:
+        """Gives every clip the words of another, drawn at random."""
+        dealt = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        words = self.parts["text"]
+        self.parts["text"] = Ragged(words.values, torch.cat([words.rows[:-1][dealt], words.rows[-1:]]))
+        self.script = self.script[dealt]
+
+    def ids(self, steps: Sequence[Tensor], step: int) -> list[str]:
+        """The ids of the clips that a step took."""
+        return [self.clips[i].id for i in steps[step].tolist()]
+
     def standardize(self, modalities: Sequence[str], transform: Callable[[str, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Replaces frames by transform(modality, frames) -> (frames, where there is one)."""
         for m in modalities:
@@ -85,8 +114,8 @@ def find_data(
     found = next((place for place in places if Path(place, "manifest.csv").is_file()), None)
     if found is None and not fast:
         raise UserError(
-            f"no data: {' and '.join(f'{place}/manifest.csv' for place in places)} not found; --data-root names a folder "
-            "with manifest.csv and the stores audio/ and text/, --fast needs none"
+            f"no data: {' and '.join(f'{place}/manifest.csv' for place in places)} not found; --data-root names a "
+            "folder with manifest.csv and the stores audio/ and text/, --fast needs none"
         )
     cfg.data_root = found or str(make())
     if found and fast and not cfg.limit:
@@ -139,7 +168,7 @@ def open_stores(cfg: PairsConfig) -> dict[str, Store]:
             opened[m] = open_features(place)
     if not opened:
         problem = "holds no store audio/ or text/ (extract.py makes one; --stores names others)"
-        raise UserError(f"{cfg.data_root}: {problem}")
+        raise UserError(f"{cfg.data_root or '.'}: {problem}")
     return opened
 
 
@@ -179,6 +208,28 @@ def load(
         torch.where(before < 0, len(clips), before),
         same,
     )
+
+
+def reopen(
+    state: dict[str, Any], moved: dict[str, Any], labels: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Pairs]:
+    """The splits that a checkpoint's run read, from its place or, with `moved` fields of the config, another."""
+    made = state["config"]["data"] | moved
+    if "data_root" in moved and "manifest" not in moved:
+        made["manifest"] = None
+    cfg = from_dict(PairsConfig, made)
+    clips, opened = read_clips(cfg, say), open_stores(cfg)
+    for m, info in state["features"].items():
+        if m not in opened:
+            raise UserError(f"{cfg.data_root}: no store {m}/, which the checkpoint reads (--stores)")
+        for key in ("encoder", "pooling", "dim"):
+            here, there = opened[m].info.get(key), info.get(key)
+            if here != there:
+                raise UserError(f"{opened[m].folder}: {key} is {here}, the checkpoint was trained on {there}")
+    if not clips["test"]:
+        raise UserError(f"{cfg.manifest or cfg.data_root}: no test clips")
+    opened = {m: opened[m] for m in state["features"]}  # and what has come since is not read
+    return {name: load(part, opened, labels, cfg) for name, part in clips.items()}
 
 
 def standardize_speakers(part: Ragged, clips: Sequence[Clip]) -> None:

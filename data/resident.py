@@ -20,7 +20,7 @@ class Ragged:
         """Frames (K, B, T, D), or ids (K, B, T), and mask (K, B, T) of the clips index (K, B); N stands for none."""
         rows = self.rows.index_select(0, index.flatten())  # (K * B, T)
         x = self.values.index_select(0, rows.flatten())
-        mask = (rows < len(self.values) - 1).view(*index.shape, -1)
+        mask = (rows < len(self.values) - 1).view(*index.shape, rows.shape[1])
         return x.view(*mask.shape, *x.shape[1:]), mask
 
     def map(self, transform: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Ragged":
@@ -41,7 +41,7 @@ def read(ids: Sequence[str], store: Store, max_frames: int) -> Ragged:
     """The features of clips in their order; what is beyond max_frames is cut, and clips the store lacks have none."""
     pieces, found = store.take([id for id in ids if id in store])
     if store.info.get("kind") == "ids":
-        values = torch.cat([*pieces, torch.zeros(1)]).int()
+        values = torch.cat([*pieces, torch.zeros(1, dtype=torch.int32)]).int()
         there = torch.ones(len(values), dtype=torch.bool)
     else:
         values = torch.cat([*(piece.float() for piece in pieces), torch.zeros(1, store.dim)])

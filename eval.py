@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint, config, dist, metrics
-from common.config import UserError, opt
+from common.config import UserError, from_dict, opt
 from common.log import confusion_png
 from data import pairs
 from data.clips import ClipData, Features, load_test
@@ -22,7 +22,8 @@ from data.prompts import LAYOUTS
 from data.utterances import load_splits
 from evals import emotion, retrieval, sentiment, speech
 from evals.emotion import BENCHMARKS, DecodeConfig
-from model import clap, fusion, slm
+from evals.meld import MeldSource, read_splits, stores
+from model import clap, fusion, meld, slm
 from predict import LlmPredictor, load
 
 
@@ -32,7 +33,7 @@ class Config:
     bench: str | None = opt(
         None, "mer2023: six labels of a MERR list; clips: any manifest or list; the others belong to one kind of "
         "checkpoint; default: by checkpoint and data",
-        "--bench", choices=(*BENCHMARKS, "mosei", "clap", "slm"),
+        "--bench", choices=(*BENCHMARKS, "mosei", "clap", "slm", "meld"),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     out: str | None = opt(
@@ -153,12 +154,31 @@ def score_slm(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks
     say(f"written to {out}")
 
 
+def score_meld(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
+    """The report of meld_train.py again; what its encoders made of MELD is kept and used again."""
+    model, coverage = meld.load(folder, state, here.device)
+    say(f"{folder}: {coverage}")
+    source = from_dict(MeldSource, state["config"]["data"])
+    source.data_root = cfg.data_root or source.data_root
+    clips = read_splits(source, say)
+    opened = stores(source, [clip for part in clips.values() for clip in part], state["features"], 4, here, say)
+    context = state["config"]["model"]["context"]
+    splits = {name: pairs.load(part, opened, state["labels"], source.pairs(), context) for name, part in clips.items()}
+    for part in splits.values():
+        part.standardize(model.fronts.dense, model.fronts.standardize)
+    splits = {name: part.to(here.device) for name, part in splits.items()}
+    found, logits = speech.report(model, splits, state["labels"], len(state["seeds"]), "test", say)
+    out = place(cfg, folder, "meld")
+    speech.write(out, found, logits, splits["test"])
+    say(f"written to {out}")
+
+
 def moved(cfg: Config) -> dict[str, Any]:
     """What of the data's place the command changes."""
     return {name: getattr(cfg, name) for name in ("data_root", "manifest", "fold") if getattr(cfg, name)}
 
 
-OTHERS: dict[str | None, Callable] = {"mosei": score_fusion, "clap": score_clap, "slm": score_slm}
+OTHERS: dict[str | None, Callable] = {"mosei": score_fusion, "clap": score_clap, "slm": score_slm, "meld": score_meld}
 
 
 if __name__ == "__main__":

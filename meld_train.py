@@ -128,7 +128,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     rule = Rule(cfg.metric, cfg.patience)
     keeper.facts |= {
         "system": "meld", "config": config.to_dict(cfg), "sources": sources(opened, train.parts), "seeds": seeds,
-        "labels": list(LABELS), "classes": stage3.classes if stage3 else None,
+        "labels": list(LABELS), "classes": stage3.classes if stage3 else 0,
+        "stage3": config.to_dict(stage3.model.cfg) if stage3 else None,
         "features": {m: store.info for m, store in opened.items()},
     }  # fmt: skip
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
@@ -140,8 +141,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     total = cfg.epochs * iters
     count = sum(p[0].numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
-    say(f"{counts} utterances, {' and '.join(opened)}; mode {cfg.model.mode}, {count:,} parameters x {len(seeds)} seeds; "
-        f"{a_step} utterances a step ({here.world} processes), {iters} steps an epoch")  # fmt: skip
+    say(f"{counts} utterances, {' and '.join(opened)}; mode {cfg.model.mode}, {count:,} parameters x {len(seeds)} "
+        f"seeds; {a_step} a step ({here.world} processes), {iters} steps an epoch")  # fmt: skip
     say("class weights " + ", ".join(f"{label} {w:.2f}" for label, w in zip(LABELS, weight.tolist(), strict=True)))
     shape = {"constant": "constant", "linear": "linear", "cosine": "linear_warmup_cosine"}[cfg.schedule]
     schedule = OptimConfig(
@@ -208,7 +209,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         if progress.epoch % cfg.log_every == 0 or finished:
             log.record(progress.step, epoch=progress.epoch, seconds=time.perf_counter() - began, **numbers)
             alone = "".join(f" {way} {part['weighted_f1']['mean']:.4f}" for way, part in list(mean.items())[1:])
-            log.say(f"epoch {progress.epoch:>3}/{cfg.epochs}  train loss {loss:.4f}  dev loss {numbers['Val/Loss']:.4f} "
+            dev = numbers["Val/Loss"]
+            log.say(f"epoch {progress.epoch:>3}/{cfg.epochs}  train loss {loss:.4f}  dev loss {dev:.4f} "
                     f"acc {numbers['Val/Accuracy']:.4f} weighted f1 {numbers['Val/F1']:.4f}{alone}  "
                     f"lr {numbers['Learning_Rate']:.2g} {'*' * bool(improved)}")  # fmt: skip
     bar.close()
@@ -268,7 +270,6 @@ def load_stage3(cfg: Config, say: Callable[[str], None]) -> Stage3 | None:
     say(f"stage 3, {cfg.stage3_ckpt}: {coverage}")
     if cfg.clap_ckpt:
         clap.check_same(model.clap, cfg.clap_ckpt)
-    cfg.model.slm = model.cfg
     return Stage3(model, classes, made)
 
 
@@ -283,7 +284,8 @@ def build(
             if m in found and found[m] != source:
                 raise UserError(f"{m} of {opened[m].folder} is {found[m]}, stage 3 was trained on {source}")
         found = stage3.model.clap.sources
-    model = Meld(cfg.model, found, len(LABELS), seeds, stage3.classes if stage3 else None)
+    of_stage3, classes = (stage3.model.cfg, stage3.classes) if stage3 else (None, 0)
+    model = Meld(cfg.model, found, len(LABELS), seeds, of_stage3, classes)
     if start is not None:
         say(f"resumed from {start}: {checkpoint.load_model(model, start)}")
         return model

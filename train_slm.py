@@ -60,6 +60,11 @@ class Config:
         0, "epochs of a cosine to min-lr, however many this run has; 0: the rate stays", "--schedule-epochs"
     )
     weight_decay: float = opt(0.01, "AdamW decay of matrices", "--weight-decay")
+    direct_decay: float | None = opt(
+        None,
+        "decay of the linear path beside the network, and of hashed words; default: weight-decay",
+        "--direct-decay",
+    )
     grad_clip: float = opt(0.0, "largest gradient norm of a seed; 0: no clipping", "--grad-clip")
     epochs: int = opt(50, "epochs in all", "--epochs")
     batch_size: int = opt(512, "clips a process and step", "--batch-size")
@@ -121,7 +126,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     # ---- one row of flat.values is one seed's model
     flat = Flat(model)
-    optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
+    optimizer = flat.adamw(cfg.lr, cfg.weight_decay, cfg.direct_decay)
     keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)
     ema = flat.values.clone() if cfg.ema else None
     if ema is not None:

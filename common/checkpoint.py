@@ -136,10 +136,10 @@ def rewind(root: Path, state: dict[str, Any]) -> list[str]:
     """Going on from an older checkpoint: later ones move to root/superseded/, links to what the older one knew."""
     found = {path: read_state(path)["step"] for path in checkpoints(root)}
     later = [path for path, step in found.items() if step > state["step"]]
+    here = [path.name for path, step in found.items() if step == state["step"]]
+    if here and (root / "last").resolve().name not in here:  # a kill may have come before the link, too
+        _link(root / "last", here[0])
     if later:
-        here = next((path.name for path, step in found.items() if step == state["step"]), None)
-        if here:
-            _link(root / "last", here)
         best = state.get("best", {}).get("checkpoint")
         if best and (root / best).exists():
             _link(root / "best", best)

@@ -94,8 +94,9 @@ def all_sum(*values: float, device: torch.device | None = None) -> list[float]:
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(td.get_world_size())]
-        td.all_gather(parts, x.contiguous())
+        td.all_gather(parts, x)
         return torch.cat(parts, 1)
 
     @staticmethod

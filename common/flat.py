@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-KINDS = ("table", "decayed", "plain")
+KINDS = ("apart", "decayed", "plain")
 
 
 class Flat:
@@ -21,7 +21,7 @@ class Flat:
         # each seed's parameters lie together, so one parameter of all seeds does not: autograd warns, without effect
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        # what decays alike is one stretch of a row: tables of ids, then matrices, then biases and scales
+        # what decays alike is one stretch of a row: tables and direct paths, then matrices, then biases and scales
         named.sort(key=lambda pair: KINDS.index(_kind(*pair)))
         k = len(named[0][1])
         self.values = torch.cat([p.detach().reshape(k, -1) for _, p in named], 1)
@@ -42,11 +42,9 @@ class Flat:
                 part.grad = self.grads[seed, start:end]
                 self.parts[f"{name}_{seed}"] = part
 
-    def adamw(self, lr: float, weight_decay: float, table_decay: float | None = None) -> torch.optim.AdamW:
-        """Fused AdamW, its groups seed by seed; tables of ids decay like matrices unless told otherwise."""
-        decays = {
-            "table": weight_decay if table_decay is None else table_decay, "decayed": weight_decay, "plain": 0.0
-        }  # fmt: skip
+    def adamw(self, lr: float, weight_decay: float, apart: float | None = None) -> torch.optim.AdamW:
+        """Fused AdamW, its groups seed by seed; `apart` is the decay of tables and direct paths, where another."""
+        decays = {"apart": weight_decay if apart is None else apart, "decayed": weight_decay, "plain": 0.0}
         groups = [
             {"params": [part], "weight_decay": decays[name.rpartition("_")[0]]} for name, part in self.parts.items()
         ]
@@ -85,6 +83,6 @@ def set_lrs(optimizer: torch.optim.Optimizer, lrs: list[float]) -> None:
 
 
 def _kind(name: str, p: Tensor) -> str:
-    if name.endswith("table"):
-        return "table"
+    if name.endswith(("table", "direct.weight")):
+        return "apart"
     return "plain" if p.ndim < 3 or name.endswith("bias") else "decayed"

@@ -19,6 +19,7 @@ from data.manifest import Clip, leak_check, read_manifest, split_by_group
 from data.resident import Ragged, read
 
 MODALITIES = ("audio", "text")
+STREAMS = ("audio", "stats", "text")  # stats: a fixed vector of the sound beside its frames
 SPLITS = ("train", "valid", "test")
 
 
@@ -26,7 +27,10 @@ SPLITS = ("train", "valid", "test")
 class PairsConfig:
     data_root: str | None = opt(None, "folder with manifest.csv and the stores audio/ and text/", "--data-root")
     manifest: str | None = opt(None, "another list of clips than manifest.csv in data-root", "--manifest")
-    stores: dict[str, str] = opt({}, "audio or text=feature store, where it is not in data-root", "--stores")
+    stores: dict[str, str] = opt(
+        {}, "audio, stats or text=feature store, where it is not in data-root; stats: vectors beside frames of sound",
+        "--stores",
+    )  # fmt: skip
     fold: str | None = opt(None, "test on this fold of the manifest, train on the others", "--fold")
     valid_share: float = opt(0.1, "share of train held out by group where there is no valid split", "--valid-share")
     test_share: float = opt(0.1, "the same for test, where there is neither a split nor a fold")
@@ -160,9 +164,9 @@ def split(clips: list[Clip], cfg: PairsConfig, name: str, say: Callable[[str], N
 def open_stores(cfg: PairsConfig) -> dict[str, Store]:
     """The stores of the modalities that there are."""
     opened: dict[str, Store] = {}
-    if wrong := sorted(set(cfg.stores) - set(MODALITIES)):
-        raise UserError(f"--stores: '{wrong[0]}' is not one of {', '.join(MODALITIES)}")
-    for m in MODALITIES:
+    if wrong := sorted(set(cfg.stores) - set(STREAMS)):
+        raise UserError(f"--stores: '{wrong[0]}' is not one of {', '.join(STREAMS)}")
+    for m in STREAMS:
         place = cfg.stores.get(m) or (str(Path(cfg.data_root, m)) if cfg.data_root else m)
         if m in cfg.stores or is_store(Path(place)):
             opened[m] = open_features(place)
@@ -191,9 +195,10 @@ def load(
     """Features and labels of `clips`, in their order; labels that are not among `labels` are unknown."""
     parts = {m: read([clip.id for clip in clips], store, cfg.max_frames) for m, store in stores.items()}
     if cfg.speaker_norm:
-        if "audio" not in parts or stores["audio"].info.get("kind") == "ids":
+        sound = "stats" if "stats" in parts else "audio"  # statistics gain from it, frames hardly
+        if sound not in parts or stores[sound].info.get("kind") == "ids":
             raise UserError("--speaker-norm: there is no sound to standardise")
-        standardize_speakers(parts["audio"], clips)
+        standardize_speakers(parts[sound], clips)
     numbers = {label: i for i, label in enumerate(labels)}
     words = [" ".join((clip.text or clip.id).casefold().split()) for clip in clips]
     scripts = {text: i for i, text in enumerate(dict.fromkeys(words))}

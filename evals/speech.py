@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from common import metrics, probe
 from common.log import confusion_png, table_lines
 from data.pairs import MODALITIES, Pairs
+from model.clap import OWNER
 from model.meld import Before
 from model.seeds import masked_mean
 
@@ -28,7 +29,7 @@ def read(
     """Features and masks of the clips index (K, B) on `device`; if `only` names a modality, the other is absent."""
     x, mask = data.gather(index.to(data.device))
     if only is not None:
-        mask = {m: part if m == only else torch.zeros_like(part) for m, part in mask.items()}
+        mask = {m: part if OWNER[m] == only else torch.zeros_like(part) for m, part in mask.items()}
     return {m: part.to(device) for m, part in x.items()}, {m: part.to(device) for m, part in mask.items()}
 
 
@@ -149,7 +150,7 @@ def linear(splits: dict[str, Pairs], split: str, labels: Sequence[str]) -> dict[
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     parts = {name: ((x - mean) / std, y) for name, (x, y) in parts.items()}
     fits = {
-        c: probe.fit(*parts["train"], len(labels), c) for c in ((1e-4, 1e-3, 1e-2) if len(splits["valid"]) else (1e-3,))
+        c: probe.fit(*parts["train"], len(labels), c) for c in ((1e-4, 1e-3, 1e-2) if len(splits["valid"]) else (1e-2,))
     }
     if len(fits) > 1:
         x, y = parts["valid"]

@@ -21,7 +21,8 @@ from model.frames import FramePool
 from model.seeds import Linear, Standardized, start, statistics
 
 MODALITIES = ("audio", "text")
-Sources = dict[str, dict[str, Any]]  # modality -> {"dim", "kind": dense or ids, "frames": more than one a clip}
+OWNER = {"audio": "audio", "stats": "audio", "text": "text"}  # stream -> its modality; stats go with frames of sound
+Sources = dict[str, dict[str, Any]]  # stream -> {"dim", "kind": dense or ids, "frames": more than one a clip}
 
 
 @dataclass
@@ -42,13 +43,15 @@ class Fronts(Standardized):
         super().__init__(dense, 5.0 if normalize else math.inf)
         self.sources, self.dense = sources, list(dense)
         self.fronts = nn.ModuleDict()
-        self.widths = {m: source["dim"] for m, source in sources.items()}
+        self.widths: dict[str, int] = {}
         for m, source in sources.items():
+            width = source["dim"]
             if source["kind"] == "ids":
-                self.fronts[m], self.widths[m] = Bag(k, source["dim"], bag_dim), bag_dim
+                self.fronts[m], width = Bag(k, source["dim"], bag_dim), bag_dim
             elif source["frames"]:
                 self.fronts[m] = pool = FramePool(k, source["dim"])
-                self.widths[m] = pool.out_dim
+                width = pool.out_dim
+            self.widths[OWNER[m]] = self.widths.get(OWNER[m], 0) + width
 
     def learn_statistics(self, modality: str, values: Tensor, rows: Tensor) -> None:
         """What is fixed before training: of frames (S + 1, D) mean and deviation, of ids how many clips have each.
@@ -66,7 +69,11 @@ class Fronts(Standardized):
 
     def vectors(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> dict[str, Tensor]:
         """One vector (K, B, D) a clip and modality, of standardised frames (K, B, T, D) or of ids (K, B, T)."""
-        return {m: self.fronts[m](x[m], mask[m]) if m in self.fronts else x[m][:, :, 0] for m in self.sources}
+        made: dict[str, list[Tensor]] = {}
+        for m in self.sources:
+            vector = self.fronts[m](x[m], mask[m]) if m in self.fronts else x[m][:, :, 0]
+            made.setdefault(OWNER[m], []).append(vector)
+        return {m: torch.cat(parts, -1) for m, parts in made.items()}
 
 
 class Clap(Fronts):

@@ -4,7 +4,7 @@ K seeds side by side as in model/seeds.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ class MeldConfig:
     dropout: float = opt(0.2, "dropout before the last layer", "--dropout")
     context: int = opt(0, "utterances before this one whose emotions, as far as told, are weighed in", "--context")
     bag_dim: int = opt(16, "width that hashed words are embedded to")
-    slm: SlmConfig = field(default_factory=SlmConfig)  # of the checkpoint of stage 3
 
 
 @dataclass
@@ -46,32 +45,33 @@ class Before:
 
 
 class Meld(nn.Module):
-    """Stage 3's classifier of `classes` classes, or without one the vectors of sound and words themselves; and a head.
+    """Stage 3's classifier of `classes` classes, or without it the vectors of sound and words themselves; and a head.
 
     Features that do not train can be made once, by features(), and given instead as x["features"] (K, B, 1, F).
     """
 
     def __init__(
-        self, cfg: MeldConfig, sources: Sources, labels: int, seeds: Sequence[int], classes: int | None
+        self, cfg: MeldConfig, sources: Sources, labels: int, seeds: Sequence[int], stage3: SlmConfig | None = None,
+        classes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         k = len(seeds)
         self.cfg = cfg
         self.backbone: Slm | Fronts
-        if classes is None:
+        if stage3 is None:
             if cfg.mode == "B":
                 raise UserError("--mode B reads stage 3's class scores: --stage3-ckpt names its checkpoint")
             self.backbone = Fronts(sources, cfg.bag_dim, True, k)
             width = sum(self.backbone.widths.values())
         else:
-            self.backbone = Slm(cfg.slm, sources, classes, seeds if cfg.finetune else seeds[:1])
-            width = BLOCKS * cfg.slm.clap.proj_dim
+            self.backbone = Slm(stage3, sources, classes, seeds if cfg.finetune else seeds[:1])
+            width = BLOCKS * stage3.clap.proj_dim
         if cfg.mode == "B":
-            self.adapter = Linear(k, int(classes or 0), labels)
+            self.adapter = Linear(k, classes, labels)
         else:
             # the published head begins with a norm; a bag of few words shall stay shorter than one of many
             self.meld_head = nn.Sequential(
-                nn.Identity() if classes is None else Norm(k, width), Linear(k, width, cfg.hidden_dim), nn.SiLU(),
+                nn.Identity() if stage3 is None else Norm(k, width), Linear(k, width, cfg.hidden_dim), nn.SiLU(),
                 nn.Dropout(cfg.dropout), Linear(k, cfg.hidden_dim, labels),
             )  # fmt: skip
         self.turns = Turns(k, labels, cfg.context) if cfg.context else None
@@ -80,6 +80,7 @@ class Meld(nn.Module):
             self.backbone.clap.logit_scale.requires_grad_(False)
             if not cfg.finetune:
                 freeze(self.backbone)
+                self.backbone.eval()
 
     @property
     def frozen(self) -> bool:
@@ -105,9 +106,10 @@ class Meld(nn.Module):
         shape = next(iter(mask.values())).shape[:2]
         if not self.cfg.finetune:  # one backbone for all seeds
             x, mask = ({m: part.flatten(0, 1)[None] for m, part in half.items()} for half in (x, mask))
-        features = self.backbone.features(x, mask)
         if self.cfg.mode == "B":
-            features = F.normalize(self.backbone.mlp(features), dim=-1, eps=1e-6)
+            features = F.normalize(self.backbone(x, mask), dim=-1, eps=1e-6)
+        else:
+            features = self.backbone.features(x, mask)
         return features.view(*shape, -1)
 
     def own(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
@@ -128,7 +130,8 @@ class Meld(nn.Module):
 def load(folder: Path, state: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Meld, str]:
     """The model of a checkpoint folder whose state.json is `state`, in eval mode; and its coverage."""
     cfg = from_dict(MeldConfig, state["config"]["model"])
-    model = Meld(cfg, state["sources"], len(state["labels"]), state["seeds"], state["classes"])
+    stage3 = state["stage3"] and from_dict(SlmConfig, state["stage3"])
+    model = Meld(cfg, state["sources"], len(state["labels"]), state["seeds"], stage3, state["classes"])
     coverage = checkpoint.load_model(model, folder)
     return model.to(device).eval(), coverage
 

@@ -30,6 +30,7 @@ class SlmConfig:
     )  # fmt: skip
     hidden_dim: int = opt(1024, "width of the hidden layer", "--hidden-dim")
     dropout: float = opt(0.1, "dropout before the last layer", "--dropout")
+    input_dropout: float = opt(0.0, "dropout of what fronts make of sound and words", "--input-dropout")
     modality_dropout: float = opt(
         0.15, "chance that sound or words are hidden while training, never both", "--modality-dropout"
     )
@@ -57,7 +58,12 @@ class Slm(nn.Module):
         self.norms = None if original else nn.ModuleList(Norm(k, d) for _ in range(BLOCKS))
         # what stands for a modality that is not there: learned directions, zeros in the original
         self.absent = None if original else nn.ParameterDict({m: torch.zeros(k, 1, d) for m in MODALITIES})
+        # what a linear probe would see, straight to the classes: small data need no more
+        self.direct = None if original else Linear(k, sum(self.clap.widths.values()), classes)
+        self.drop = nn.Dropout(cfg.input_dropout)
         start(self, seeds)
+        if self.direct is not None:
+            nn.init.zeros_(self.direct.weight)
         self.clap.logit_scale.requires_grad_(False)  # of the contrastive loss only
 
     def freeze_projectors(self) -> None:
@@ -74,29 +80,37 @@ class Slm(nn.Module):
 
     def features(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         """(K, B, 5 proj_dim): gated voice, voice, words, their product and distance, of frames or ids and masks."""
+        return self._blocks(*self._read(x, mask))
+
+    def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
+        """Logits (K, B, classes)."""
+        vectors, there = self._read(x, mask)
+        logits = self.mlp(self._blocks(vectors, there))
+        if self.direct is None:
+            return logits
+        return logits + self.direct(torch.cat([there[m] * v for m, v in vectors.items()], -1))
+
+    def _read(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A vector (K, B, D) of each modality that the data have, and where there is any (K, B, 1) of both."""
         some = next(iter(mask.values()))
-        there = {
-            m: mask[m].any(-1, keepdim=True) if m in mask else some.new_zeros(*some.shape[:2], 1) for m in MODALITIES
-        }
+        none = some.new_zeros(*some.shape[:2], 1)
+        there = {m: mask[m].any(-1, keepdim=True) if m in mask else none for m in MODALITIES}
         if self.training and self.cfg.modality_dropout:
             there = hide(there, self.cfg.modality_dropout)
-        vectors = self.clap.vectors(x, mask)
+        return {m: self.drop(v) for m, v in self.clap.vectors(x, mask).items()}, there
+
+    def _blocks(self, vectors: dict[str, Tensor], there: dict[str, Tensor]) -> Tensor:
         s: dict[str, Tensor] = {}
         for m in MODALITIES:
-            absent = self.W_q.weight.new_zeros(self.cfg.clap.proj_dim) if self.absent is None else self.absent[m]
+            absent = self.W_q.weight.new_zeros(1, 1, 1) if self.absent is None else self.absent[m]
             s[m] = torch.where(there[m], self.clap.project(m, vectors[m]) if m in vectors else 0.0, absent)
-        d = s["text"].shape[-1]
         voice = self.prosody_lin(vectors["audio"]) if "audio" in vectors else torch.zeros_like(s["audio"])
-        agreement = (self.W_q(s["text"]) * self.W_k(s["audio"])).sum(-1, keepdim=True) / math.sqrt(d)
+        agreement = (self.W_q(s["text"]) * self.W_k(s["audio"])).sum(-1, keepdim=True) / math.sqrt(voice.shape[-1])
         gated = agreement.sigmoid() * self.W_v(torch.where(there["audio"], voice, 0.0))
         blocks = [gated, s["audio"], s["text"], s["audio"] * s["text"], (s["audio"] - s["text"]).abs()]
         if self.norms is not None:
             blocks = [norm(block) for norm, block in zip(self.norms, blocks, strict=True)]
         return torch.cat(blocks, -1)
-
-    def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
-        """Logits (K, B, classes)."""
-        return self.mlp(self.features(x, mask))
 
 
 def freeze(module: nn.Module) -> None:

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 
@@ -13,8 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torch._dynamo  # the optimiser loads it: seconds that no forked rank spends, once it is here
-import torch.utils.tensorboard
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,6 +24,8 @@ from data.manifest import Clip, write_manifest
 from data.mock_mosei import make_mock
 from data.mosei import open_corpus
 from tests.conftest import FORK
+from tests.training import error, stopped_inside, weights
+from tests.training import run as run_script
 
 pytestmark = pytest.mark.usefixtures("signals")
 EPOCHS = 4
@@ -35,19 +33,8 @@ EPOCHS = 4
 SMALL = ["--epochs", EPOCHS, "--batch-size", 8, "--fusion-dim", 16, "--lr", 1e-3, "--feature-noise", 0.1, "--no-test"]
 
 
-@pytest.fixture(autouse=True)
-def _argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-
-
 def train(argv):
-    """train_mosei.py with this command line, in this process; its exit code."""
-    sys.argv = ["train_mosei.py", *map(str, argv)]
-    try:
-        config.run(train_mosei.Config, train_mosei.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return run_script(train_mosei, argv)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +47,7 @@ def mock(tmp_path_factory):
 
 @pytest.fixture
 def fails(capsys):
-    """The one line with which a command line ends in exit code 2."""
-
-    def line(*argv):
-        capsys.readouterr()
-        assert train(argv) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("train_mosei.py: error: ")
-        return lines[0].removeprefix("train_mosei.py: error: ")
-
-    return line
+    return lambda *argv: error(train_mosei, argv, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +55,8 @@ def run(mock, tmp_path_factory):
     """A finished run with its test report."""
     out = tmp_path_factory.mktemp("run") / "out"
     argv = [arg for arg in SMALL if arg != "--no-test"]
-    before = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     assert train(["--data-dir", mock, *argv, "--out", out, "--histograms"]) == 0
-    sys.argv = before[0]
-    for number, handler in before[1].items():
-        signal.signal(number, handler)
     return out
-
-
-def weights(out, name="last"):
-    return (out / "checkpoints" / name / "model.safetensors").read_bytes()
 
 
 # ---- what a run writes
@@ -197,12 +166,7 @@ def voices(tmp_path_factory):
         argv = ["--encoder", encoder, "--pooling", pooling, "--manifest", folder / "manifest.csv"]
         extract.main(config.load(extract.Config, [*map(str, argv), "--out", str(folder / store)]))
     out = folder / "run"
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    argv = ["--data-dir", folder, "--fusion-dim", 8, "--epochs", 2, "--lr", 1e-2, "--out", out]
-    code, sys.argv = train(argv), sys.argv
-    assert code == 0
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert train(["--data-dir", folder, "--fusion-dim", 8, "--epochs", 2, "--lr", 1e-2, "--out", out]) == 0
     return folder, out, clips
 
 
@@ -288,27 +252,13 @@ def test_a_killed_run_resumes_to_the_weights_of_one_never_killed(mock, ranks, tm
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_stop_inside_an_epoch_resumes_to_the_same_weights(mock, ranks, tmp_path, unbroken, n):
     argv = ["--data-dir", mock, *SMALL, "--seeds", 2, "--out", tmp_path / "out"]
-    assert ranks(n, stopped_inside, argv, 20 // n) == [0] * n
+    assert ranks(n, stopped_inside, train_mosei, argv, 20 // n) == [0] * n
     state = checkpoint.read_state(checkpoint.resolve(tmp_path / "out", prefer="last"))
     assert state["epoch"] == 1
     assert state["step"] == 20 // n
     assert ranks(n, train, [*argv, "--resume"]) == [0] * n
     for name in ("last", "best"):
         assert weights(tmp_path / "out", name) == weights(unbroken[n], name)
-
-
-def stopped_inside(argv, step):
-    """A run that gets SIGTERM as its optimiser takes this step."""
-    taken = iter(range(1, 10**6))
-    take = torch.optim.AdamW.step
-
-    def counted(self, *args):
-        if next(taken) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, *args)
-
-    torch.optim.AdamW.step = counted
-    return train(argv)
 
 
 def test_resuming_a_finished_run_for_more_epochs(mock, tmp_path, unbroken):

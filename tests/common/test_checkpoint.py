@@ -275,6 +275,13 @@ def test_rewind_sets_later_checkpoints_aside(root):
     assert names(root / "superseded") == ["epoch_002", "epoch_003", "epoch_003.1", "epoch_004"]
 
 
+def test_rewind_links_what_a_kill_left_unlinked(three):
+    (three / "last").unlink()
+    (three / "last").symlink_to("epoch_002")
+    assert checkpoint.rewind(three, {"step": 3}) == []
+    assert os.readlink(three / "last") == "epoch_003"
+
+
 def test_rewind_takes_free_names(three):
     (three / "superseded" / "epoch_003.1").mkdir(parents=True)
     for expected in (["epoch_003", "epoch_003.1"], ["epoch_003", "epoch_003.1", "epoch_003.2"]):

@@ -92,6 +92,41 @@ def test_collectives(ranks, world):
         assert joined == (world > 1)
 
 
+ROWS, FEATURES = 3, 2  # of each rank
+
+
+def values(rank):
+    return torch.randn(2, ROWS, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+
+def gather_and_learn(transposed):
+    """Rows of all ranks, and the gradient of this rank's by the losses of all: each weighs rows by its own factors."""
+    here = dist.setup("cpu")
+    x = values(here.rank)
+    if transposed:  # not contiguous
+        x = x.mT.contiguous().mT
+    x.requires_grad_()
+    every = dist.gather_rows(x)
+    (every.square() * factors(here.rank, here.world)).sum().backward()
+    assert x.grad is not None
+    return every.detach().numpy(), x.grad.numpy()
+
+
+def factors(rank, world):
+    return (1 + rank) * torch.arange(2.0 * world * ROWS * FEATURES).view(2, world * ROWS, FEATURES)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_of_all_ranks_and_their_gradients(ranks, world, transposed):
+    every = torch.cat([values(rank) for rank in range(world)], 1)
+    weight = torch.stack([factors(rank, world) for rank in range(world)]).sum(0)
+    expected = (2 * every * weight).split(ROWS, 1)
+    for (found, grad), own in zip(ranks(world, gather_and_learn, transposed), expected, strict=True):
+        assert torch.equal(torch.from_numpy(found), every)
+        torch.testing.assert_close(torch.from_numpy(grad), own)
+
+
 def work_first(folder):
     """main_first with a result, then with a mistake, then a collective that finds the ranks still in step."""
     here = dist.setup("cpu")
@@ -125,8 +160,7 @@ def stop_together():
     for step in range(6):
         if step == 3 and here.main:
             os.kill(os.getpid(), signal.SIGTERM)
-        (stopping,) = dist.all_sum(stop.requested)
-        if stopping:
+        if stop.asked(here):
             return step, stop.requested
     return None
 
@@ -151,7 +185,7 @@ def test_a_second_ctrl_c_means_now(ranks):
 
 
 def lose_the_parent(pipe):
-    """Forks a rank, as torchrun would, and dies; the rank sends whether it was an orphan before and after."""
+    """Forks a rank, as torchrun would, and dies; the rank sends whether it was an orphan before and after, and ends."""
     middle = os.getpid()
     if os.fork() == 0:
         dist.PARENT = middle
@@ -159,14 +193,22 @@ def lose_the_parent(pipe):
         os.kill(middle, signal.SIGKILL)
         while os.getppid() == middle:
             pass
-        seen.append(dist.Stop.orphaned())
+        seen += [dist.Stop.orphaned(), ends()]
         dist.LAUNCHED = False
-        os.write(pipe, bytes([*seen, dist.Stop.orphaned()]))
+        os.write(pipe, bytes([*seen, dist.Stop.orphaned(), ends()]))
         os._exit(0)
     signal.pause()
 
 
-def test_a_rank_without_its_torchrun_is_an_orphan():
+def ends():
+    """Whether a training loop that asks would end this rank."""
+    try:
+        return dist.Stop().asked(dist.Ranks())
+    except SystemExit as end:
+        return str(end) == "torchrun is gone: this rank stops"
+
+
+def test_a_rank_without_its_torchrun_is_an_orphan_and_ends():
     reader, writer = os.pipe()
     middle = os.fork()
     if middle == 0:
@@ -175,7 +217,8 @@ def test_a_rank_without_its_torchrun_is_an_orphan():
     os.close(writer)
     os.waitpid(middle, 0)
     with os.fdopen(reader, "rb") as pipe:
-        assert list(pipe.read()) == [False, True, False]  # the last one: a plain run may outlive its shell
+        # the last two: a plain run may outlive its shell
+        assert list(pipe.read()) == [False, True, True, False, False]
 
 
 def fail_on(rank):

@@ -394,16 +394,16 @@ def test_a_checkpoint_and_other_data(tmp_path):
     found = pairs.reopen(state, {"data_root": str(tmp_path / "new")}, LABELS, lambda _: None)
     assert [clip.id for clip in found["test"].clips] == [clip.id for clip in other[:4]]
 
-    write_manifest(tmp_path / "new/manifest.csv", other[4:])
-    write_manifest(tmp_path / "new/one.csv", [Clip("x", label="joy"), Clip("y", split="valid")])
-    with pytest.raises(UserError, match=f"{tmp_path}/new/one.csv: no test clips"):
-        pairs.reopen(state | {"config": {"data": {"test_share": 0.0}}},
-                     {"data_root": str(tmp_path / "new"), "manifest": str(tmp_path / "new/one.csv")}, LABELS, nothing)  # fmt: skip
     root(tmp_path / "half", other, audio="frames")
     with pytest.raises(UserError) as error:
-        pairs.reopen(state, {"data_root": str(tmp_path / "half")}, LABELS, nothing)
+        pairs.reopen(state, {"data_root": str(tmp_path / "half")}, LABELS, lambda _: None)
     assert str(error.value) == f"{tmp_path}/half: no store text/, which the checkpoint reads (--stores)"
-    state["features"]["text"] |= {"dim": 60}
+    write_manifest(tmp_path / "new/one.csv", [Clip("x", label="joy"), Clip("y", split="valid")])
+    state["config"]["data"]["test_share"] = 0.0
+    moved = {"data_root": str(tmp_path / "new"), "manifest": str(tmp_path / "new/one.csv")}
+    with pytest.raises(UserError, match=f"{tmp_path}/new/one.csv: no test clips"):
+        pairs.reopen(state, moved, LABELS, nothing)
+    state["features"]["text"] = state["features"]["text"] | {"dim": 60}
     with pytest.raises(UserError) as error:
         pairs.reopen(state, {}, LABELS, lambda _: None)
     assert str(error.value) == f"{tmp_path}/old/text: dim is 50, the checkpoint was trained on 60"

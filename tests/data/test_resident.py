@@ -11,7 +11,7 @@ IDS = ["a", "b", "c", "d", "e", "f"]
 
 
 def drawn(kind, seed=0):
-    """id -> features as a store holds them, each clip but e; with a lost frame and a broken one where there are many."""
+    """id -> features of all clips but e, as a store holds them; some frames are lost, one is broken."""
     generator = torch.Generator().manual_seed(seed)
     lengths = dict(zip(IDS, (4, 1, 9, 2, 3, 6) if kind in ("frames", "ids") else [1] * 6, strict=True))
     if kind.startswith("ids"):

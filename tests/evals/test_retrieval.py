@@ -88,7 +88,12 @@ def test_scores_by_hand():
     ])  # fmt: skip
     (found,) = retrieval.score({"text": text[None], "audio": audio[None]}, torch.tensor([0, 1, 2, 3, 0]))
     # clips 0 and 4 say the same words
-    counts = {"t2a": [0, 1, 0, 3, 2], "dedup_t2a": [0, 1, 0, 3, 0], "a2t": [0, 0, 2, 0, 2], "dedup_a2t": [0, 0, 2, 0, 0]}
+    counts = {
+        "t2a": [0, 1, 0, 3, 2],
+        "dedup_t2a": [0, 1, 0, 3, 0],
+        "a2t": [0, 0, 2, 0, 2],
+        "dedup_a2t": [0, 0, 2, 0, 0],
+    }
     for way, rank in counts.items():
         assert found[f"{way}_r1"] == pytest.approx(rank.count(0) / 5)
         assert (found[f"{way}_r5"], found[f"{way}_r10"]) == (1.0, 1.0)

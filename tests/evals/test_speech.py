@@ -113,7 +113,7 @@ def test_what_was_said_before_goes_along(only):
     data, model = pairs(context=3), Recorder()
     index = torch.tensor([[0, 2, 7], [9, 1, 5]])
     speech.forward(model, data, index, only)
-    x, mask, before = model.seen
+    _, mask, before = model.seen
     assert mask["text"].any() == (only is None)
     assert before.there.tolist() == [[[i > p for p in range(3)] for i in row] for row in index.tolist()]
     assert torch.equal(before.same, data.same[index])

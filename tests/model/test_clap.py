@@ -106,6 +106,23 @@ def test_the_factor_of_similarities():
     close(model.logit_scale.detach().exp(), torch.tensor([1.0, 50.0]), 1e-5)
 
 
+def test_what_is_fixed_before_training():
+    parts = sources({"audio": 3, "text": 9}, audio={"frames": True}, text={"kind": "ids"})
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.cat([torch.randn(20, 3, generator=generator) + 5, torch.zeros(1, 3)])
+    ids = torch.tensor([4, 4, 1, 4, 7, 1, 1, 2, 0], dtype=torch.int32)
+    rows = torch.tensor([[0, 1, 2], [3, 8, 8], [4, 5, 6], [8, 8, 8]])  # the ids of three clips; the 2 is of none
+    for normalize in (True, False):
+        model = Clap(ClapConfig(proj_dim=WIDTH, bag_dim=4, normalize=normalize), parts, (1, 2))
+        model.learn_statistics("audio", frames, torch.zeros(2, 1).long())
+        mean = frames[:-1].double().mean(0) if normalize else torch.zeros(3).double()
+        close(model.get_buffer("mean_audio").double(), mean, 1e-6)
+        seen = []
+        model.fronts["text"].set_texts = seen.append  # counts clips, not occurrences
+        model.learn_statistics("text", ids, rows)
+        assert [texts.tolist() for texts in seen] == [[0, 2, 0, 0, 2, 0, 0, 1, 0]]
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_are_standardised_by_the_train_split(normalize):
     model = build(normalize=normalize)
@@ -348,7 +365,7 @@ def test_a_file_that_is_no_projectors(tmp_path, problem):
 def test_another_models_file(tmp_path):
     path = tmp_path / "other.pt"
     torch.save(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).state_dict(), path)
-    with pytest.raises(UserError, match="no audio_proj.bias: not a file of CLAP projectors"):
+    with pytest.raises(UserError, match="bias: not a file of CLAP projectors"):
         clap.original_projectors(path)
     torch.save(torch.ones(3), path)
     with pytest.raises(UserError, match="holds a Tensor, not tensors by name"):

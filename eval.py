@@ -22,7 +22,7 @@ from data.prompts import LAYOUTS
 from data.utterances import load_splits
 from evals import emotion, retrieval, sentiment, speech
 from evals.emotion import BENCHMARKS, DecodeConfig
-from evals.meld import MeldSource, read_splits, stores
+from evals.meld import MeldSource, known, read_splits, stores
 from model import clap, fusion, meld, slm
 from predict import LlmPredictor, load
 
@@ -160,14 +160,19 @@ def score_meld(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Rank
     say(f"{folder}: {coverage}")
     source = from_dict(MeldSource, state["config"]["data"])
     source.data_root = cfg.data_root or source.data_root
+    source.features_root = cfg.features_root or source.features_root
     clips = read_splits(source, say)
     opened = stores(source, [clip for part in clips.values() for clip in part], state["features"], 4, here, say)
+    if lacking := sorted(set(state["features"]) - set(opened)):
+        raise UserError(f"{source.data_root}: no features of {lacking[0]}, which the checkpoint reads")
     context = state["config"]["model"]["context"]
     splits = {name: pairs.load(part, opened, state["labels"], source.pairs(), context) for name, part in clips.items()}
     for part in splits.values():
         part.standardize(model.fronts.dense, model.fronts.standardize)
     splits = {name: part.to(here.device) for name, part in splits.items()}
-    found, logits = speech.report(model, splits, state["labels"], len(state["seeds"]), "test", say)
+    found, logits = speech.report(
+        model, splits, state["labels"], len(state["seeds"]), "test", say, given=known(model, splits["test"])
+    )
     out = place(cfg, folder, "meld")
     speech.write(out, found, logits, splits["test"])
     say(f"written to {out}")

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ from data.features import Store
 from data.meld import LABELS
 from data.mock_speech import make_mock
 from data.pairs import Pairs, load, sources
-from data.resident import Ragged
 from evals import speech
-from evals.meld import MeldSource, read_splits, stores
+from evals.meld import PUBLISHED, TEXT_ONLY, MeldSource, known, read_splits, stores
 from model import clap, meld, slm
 from model.meld import Meld, MeldConfig
-from model.slm import Slm
+from model.slm import Slm, SlmConfig
 
 PLACE = "datasets/MELD"  # where the guide has it
 FAST = {"batch_size": 64, "epochs": 15, "lr": 1e-3, "model.hidden_dim": 128, "model.dropout": 0.5}
@@ -96,14 +95,16 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     cfg, start = resume_or_start(cfg, "meld", say)
     out = Path(str(cfg.out))
     dist.connect(here)
-    cfg.data.data_root = dist.main_first(here, partial(find_data, cfg, out, say))
+    dist.main_first(here, partial(find_data, cfg, out, say))
+    cfg.data = dist.broadcast(cfg.data)
 
     # ---- data and model
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
-    stage3 = load_stage3(cfg, say)
+    stage3 = load_stage3(cfg, start, say)
     clips = read_splits(cfg.data, say)
     every = [clip for part in clips.values() for clip in part]
-    opened = stores(cfg.data, every, stage3.made if stage3 else {}, cfg.num_workers, here, say)
+    default = PUBLISHED if stage3 else TEXT_ONLY
+    opened = stores(cfg.data, every, stage3.made if stage3 else {}, cfg.num_workers, here, say, default)
     splits = {name: load(part, opened, LABELS, cfg.data.pairs(), cfg.model.context) for name, part in clips.items()}
     model = build(cfg, stage3, opened, splits["train"], seeds, start, say)
     for part in splits.values():
@@ -127,9 +128,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     progress, watches = keeper.progress, keeper.watches
     rule = Rule(cfg.metric, cfg.patience)
     keeper.facts |= {
-        "system": "meld", "config": config.to_dict(cfg), "sources": sources(opened, train.parts), "seeds": seeds,
+        "system": "meld", "config": config.to_dict(cfg), "sources": model.fronts.sources, "seeds": seeds,
         "labels": list(LABELS), "classes": stage3.classes if stage3 else 0,
-        "stage3": config.to_dict(stage3.model.cfg) if stage3 else None,
+        "stage3": config.to_dict(stage3.cfg) if stage3 else None,
         "features": {m: store.info for m, store in opened.items()},
     }  # fmt: skip
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
@@ -242,15 +243,24 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
 @dataclass
 class Stage3:
-    """Stage 3's classifier, and how the features that it reads were made."""
+    """Stage 3's classifier, and how the features that it reads were made; a run that goes on has its weights itself."""
 
-    model: Slm
+    cfg: SlmConfig
+    sources: clap.Sources
     classes: int
     made: dict[str, dict[str, Any]]
+    model: Slm | None = None
 
 
-def load_stage3(cfg: Config, say: Callable[[str], None]) -> Stage3 | None:
-    """The classifier of --stage3-ckpt; the config's model takes over its settings."""
+def load_stage3(cfg: Config, start: Path | None, say: Callable[[str], None]) -> Stage3 | None:
+    """The classifier of --stage3-ckpt, or what the checkpoint that the run goes on from says of it."""
+    if start is not None:
+        state = checkpoint.read_state(start)
+        if state["stage3"] is None:
+            return None
+        return Stage3(
+            config.from_dict(SlmConfig, state["stage3"]), state["sources"], state["classes"], state["features"]
+        )
     if cfg.stage3_ckpt is None:
         if cfg.clap_ckpt:
             raise UserError("--clap-ckpt needs --stage3-ckpt: without it no projectors are used")
@@ -270,7 +280,7 @@ def load_stage3(cfg: Config, say: Callable[[str], None]) -> Stage3 | None:
     say(f"stage 3, {cfg.stage3_ckpt}: {coverage}")
     if cfg.clap_ckpt:
         clap.check_same(model.clap, cfg.clap_ckpt)
-    return Stage3(model, classes, made)
+    return Stage3(model.cfg, model.clap.sources, classes, made, model)
 
 
 def build(
@@ -280,16 +290,16 @@ def build(
     """The model, and the weights that it starts from."""
     found = sources(opened, train.parts)
     if stage3 is not None:
-        for m, source in stage3.model.clap.sources.items():
+        for m, source in stage3.sources.items():
             if m in found and found[m] != source:
                 raise UserError(f"{m} of {opened[m].folder} is {found[m]}, stage 3 was trained on {source}")
-        found = stage3.model.clap.sources
-    of_stage3, classes = (stage3.model.cfg, stage3.classes) if stage3 else (None, 0)
+        found = stage3.sources
+    of_stage3, classes = (stage3.cfg, stage3.classes) if stage3 else (None, 0)
     model = Meld(cfg.model, found, len(LABELS), seeds, of_stage3, classes)
     if start is not None:
         say(f"resumed from {start}: {checkpoint.load_model(model, start)}")
         return model
-    if stage3 is not None:
+    if stage3 is not None and stage3.model is not None:
         slm.copy(stage3.model, model.backbone)
     else:
         for m, part in train.parts.items():
@@ -301,22 +311,6 @@ def build(
     return model
 
 
-@torch.inference_mode()
-def known(model: Meld, data: Pairs) -> speech.Views:
-    """The views of a split; of a frozen backbone what the head reads of each, computed once."""
-    views = speech.views(data)
-    if not model.frozen:
-        return views
-    made: speech.Views = {}
-    for way, (_, only) in views.items():
-        rows = [speech.read(data, i[None], only, data.device) for i in torch.arange(len(data)).split(speech.BATCH)]
-        values = torch.cat([model.features(*part)[0] for part in rows])
-        values = torch.cat([values, torch.zeros_like(values[:1])])
-        place = torch.arange(len(values), device=values.device)[:, None]
-        made[way] = replace(data, parts={"features": Ragged(values, place)}), None
-    return made
-
-
 def class_weights(label: Tensor, kind: str) -> Tensor:
     """Weight (7,) of each class from the counts of the train split."""
     counts = torch.bincount(label, minlength=len(LABELS)).clamp_min(1)
@@ -324,18 +318,17 @@ def class_weights(label: Tensor, kind: str) -> Tensor:
     return {"sqrt": ratio.sqrt(), "inverse": ratio, "none": torch.ones_like(ratio)}[kind]
 
 
-def find_data(cfg: Config, out: Path, say: Callable[[str], None]) -> str:
-    """Where MELD is: given, in the guide's place, or with --fast made on the spot."""
+def find_data(cfg: Config, out: Path, say: Callable[[str], None]) -> None:
+    """Fills in where MELD is, if the command does not say: in the guide's place, or with --fast made on the spot."""
     if cfg.data.data_root is not None:
-        return cfg.data.data_root
-    if Path(PLACE).is_dir():
-        if cfg.fast and not cfg.data.limit:
-            cfg.data.limit = 1500
-            say(f"--fast: at most {cfg.data.limit} utterances of each split of {PLACE}")
-        return PLACE
-    if not cfg.fast:
+        return
+    found = Path(PLACE).is_dir()
+    if not found and not cfg.fast:
         raise UserError(f"no data: {PLACE} not found; --data-root says where MELD's CSV files are, --fast needs none")
-    return str(make_mock(out / "mock", "meld"))
+    cfg.data.data_root = PLACE if found else str(make_mock(out / "mock", "meld"))
+    if found and cfg.fast and not cfg.data.limit:
+        cfg.data.limit = 1500
+        say(f"--fast: at most {cfg.data.limit} utterances of each split of {PLACE}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 $ python predict.py --ckpt out/llm_fast --input clip.mp4
 $ python predict.py --ckpt out/voices --input clips/
 $ python predict.py --ckpt out/stage2 --input clips/ --question "[reason] What does this person feel, and why?"
+$ python predict.py --ckpt out/slm --input clip.wav --text "I am so glad that you came."
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +20,15 @@ import torch
 from common import checkpoint, config, dist
 from common.config import UserError, from_dict, opt
 from data.clips import DataConfig, Sample, make_sample
-from data.features import encode_clip
+from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
+from data.pairs import MODALITIES, assemble, standardize_speakers
 from data.prompts import EMOTIONS9, emotion_question, parse_tagged, pick_question
-from evals import emotion
+from data.resident import read
+from evals import emotion, speech
 from evals.emotion import DecodeConfig
-from model import encoders, fusion, mllm
+from model import encoders, fusion, meld, mllm, slm
 
 MEDIA = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".flac", ".mp3", ".ogg", ".m4a", ".jpg", ".jpeg", ".png"}
 
@@ -43,18 +47,22 @@ class Config:
 
 
 class Predictor:
-    """A trained model with everything that turns a raw clip into its input; LlmPredictor and FusionPredictor below."""
+    """A trained model with everything that turns a raw clip into its input; one class a kind of checkpoint below."""
 
     folder: Path
     coverage: str
-    made: dict[str, dict]  # stream -> how its features were made
-    encoders: dict[str, Any]
+    together: str | None = None  # the field of Clip whose equals are answered in one batch
 
-    def _load_encoders(self) -> None:
-        self.encoders = {}
-        for name, info in self.made.items():
-            if info.get("encoder") in encoders.ENCODERS:  # else made by another tool, and given as features
-                self.encoders[name] = encoders.load(info["encoder"], **info.get("options", {}))
+    def __init__(self, made: dict[str, dict]) -> None:
+        self.made = made  # stream -> how its features were made
+        self._encoders: dict[str, Any] = {}
+
+    def encoder(self, name: str) -> Any:
+        """The encoder of a stream, loaded when first asked for; None if another tool made its features."""
+        info = self.made[name]
+        if name not in self._encoders and info.get("encoder") in encoders.ENCODERS:
+            self._encoders[name] = encoders.load(info["encoder"], **info.get("options", {}))
+        return self._encoders.get(name)
 
     def __call__(
         self,
@@ -70,7 +78,10 @@ class Predictor:
             clip = Clip(Path(clip or video or audio or "clip").stem, str(clip) if clip else None)
         clip = replace(clip, text=text if text is not None else clip.text)
         sample, missing = self.sample(clip, question, audio, video, features or {})
-        return self.answer([sample], question, {sample.id: missing})[0]
+        result = self.answer([sample], question, {sample.id: missing})[0]
+        if "error" in result:
+            raise UserError(result["error"])
+        return result
 
     def batch(self, items: list[dict[str, Any]]) -> list[dict]:
         """One result an item, in order; an item holds the arguments of a call, and a bad one gives {"error"}."""
@@ -92,16 +103,33 @@ class Predictor:
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
     ) -> tuple[Any, dict[str, str]]:
         """The clip as the model's input, which has an id, and why each absent stream is absent."""
-        raise NotImplementedError  # a prompt for a language model, frames for fusion
+        raise NotImplementedError  # a prompt for a language model, frames for the others
 
     def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
         raise NotImplementedError  # text and labels, or labels and a score
 
+    def _values(
+        self, clip: Clip, dims: dict[str, int], audio: Any, video: Any, features: dict[str, Any],
+        ids: Sequence[str] = (),
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # fmt: skip
+        """Frames (T, D) of each stream of `dims`, of `ids` (T,), given or made now; and why each other is absent."""
+        if unknown := sorted(set(features) - set(dims)):
+            raise UserError(f"{clip.id}: features {unknown[0]!r}, the model has {', '.join(dims)}")
+        values, missing = {}, {}
+        for name, dim in dims.items():
+            given = features.get(name)
+            try:
+                value = self._encode(name, clip, audio, video) if given is None else torch.as_tensor(np.asarray(given))
+                values[name] = (checked_ids if name in ids else checked_frames)(value, dim, name, clip.id)
+            except MediaError as error:
+                missing[name] = str(error)
+        return values, missing
+
     def _encode(self, name: str, clip: Clip, audio: Any, video: Any) -> torch.Tensor:
-        if name not in self.encoders:
+        encoder = self.encoder(name)
+        if encoder is None:
             raise MediaError(f"{name}: made by another tool; pass its values as features")
-        encoder = self.encoders[name]
         path = {"audio": audio, "video": video}.get(encoder.modality) or clip.path
         if path is None and encoder.modality != "text":
             raise MediaError(f"{name}: no {encoder.modality} given")
@@ -117,15 +145,14 @@ class LlmPredictor(Predictor):
         self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
     ) -> None:
         state = checkpoint.read_state(folder)
+        super().__init__(state["features"])
         state["config"]["model"] |= {"llm": llm} if llm else {}
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.mllm, self.tokenizer, self.coverage = mllm.load(folder, state, device, dtype)
         self.folder = folder
         self.data = from_dict(DataConfig, state["config"]["data"])
         self.decode = decode or DecodeConfig()
-        self.made = state["features"]
         self.visual = self.mllm.cfg.visual
-        self._load_encoders()
 
     def sample(
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
@@ -190,9 +217,9 @@ class FusionPredictor(Predictor):
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         state = checkpoint.read_state(folder)
+        super().__init__(state["features"])
         self.model, self.coverage = fusion.load(folder, state, device)
-        self.folder, self.made, self.labels = folder, state["features"], state["labels"]
-        self._load_encoders()
+        self.folder, self.labels = folder, state["labels"]
 
     def sample(
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
@@ -200,27 +227,10 @@ class FusionPredictor(Predictor):
         """The clip's frames of each modality, and why each absent one is absent."""
         if question is not None:
             raise UserError("this checkpoint answers no questions: it scores sentiment")
-        values, missing = {}, {}
-        if unknown := sorted(set(features or {}) - set(self.model.dims)):
-            raise UserError(f"{clip.id}: features {unknown[0]!r}, the model has {', '.join(self.model.dims)}")
-        for name, dim in self.model.dims.items():
-            given = (features or {}).get(name)
-            try:
-                value = self._encode(name, clip, audio, video) if given is None else torch.as_tensor(np.asarray(given))
-            except MediaError as error:
-                missing[name] = str(error)
-                continue
-            value = torch.atleast_2d(value)
-            if value.ndim != 2 or value.shape[1] != dim:
-                raise UserError(f"{clip.id}: {name} has shape {tuple(value.shape)}, the model expects (T, {dim})")
-            if not (value != 0).any():
-                missing[name] = f"{name}: all zeros"
-            elif not torch.isfinite(value).any():
-                missing[name] = f"{name}: no finite value"
-            else:
-                values[name] = value[: self.model.frames[name]].float()
+        values, missing = self._values(clip, self.model.dims, audio, video, features or {})
         if not values:
             raise MediaError(f"{clip.path or clip.id}: nothing to go by ({'; '.join(missing.values())})")
+        values = {name: value[: self.model.frames[name]] for name, value in values.items()}
         return SimpleNamespace(id=clip.id, values=values), missing
 
     @torch.inference_mode()
@@ -257,6 +267,120 @@ class FusionPredictor(Predictor):
         return result if score is None else result | {"score": score}
 
 
+class SpeechPredictor(Predictor):
+    """An emotion from sound and words; the mean of the checkpoint's seeds.
+
+    What was said before (meld_train.py --context) is looked for among the clips that are answered together: those of
+    a manifest, if they name their `dialogue`. So are the speaker's other clips, by which --speaker-norm standardises
+    sound; of the only clip of its `speaker` frames are standardised by themselves, and one vector cannot be.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        state = checkpoint.read_state(folder)
+        super().__init__(state["features"])
+        if state["system"] == "meld":
+            self.model, self.coverage = meld.load(folder, state, device)
+            self.fronts = self.model.fronts
+        else:
+            self.model, self.coverage = slm.load(folder, state, device)
+            self.fronts = self.model.clap
+        self.folder, self.labels, self.seeds, self.device = folder, state["labels"], len(state["seeds"]), device
+        self.sources = {name: self.fronts.sources[name] for name in self.made}
+        made = state["config"]
+        self.max_frames, self.context = made["data"]["max_frames"], made["model"].get("context", 0)
+        self.own: str | None = None  # the stream that is standardised by speaker
+        if made["data"].get("speaker_norm"):
+            self.own = "stats" if "stats" in self.sources else "audio"
+        self.together = "dialogue" if self.context else "speaker" if self.own else None
+
+    def sample(
+        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+    ) -> tuple[Any, dict[str, str]]:
+        """The clip's frames or ids of each stream, and why each absent one is absent."""
+        if question is not None:
+            raise UserError("this checkpoint answers no questions: it names an emotion")
+        dims = {name: source["dim"] for name, source in self.sources.items()}
+        ids = [name for name, source in self.sources.items() if source["kind"] == "ids"]
+        values, missing = self._values(clip, dims, audio, video, features or {}, ids)
+        for name, value in values.items():
+            if len(value) > 1 and name not in ids and not self.sources[name]["frames"]:
+                raise UserError(f"{clip.id}: {name} has {len(value)} frames, the model expects one vector")
+        if not values.keys() & set(MODALITIES):
+            raise MediaError(f"{clip.path or clip.id}: nothing to go by ({'; '.join(missing.values())})")
+        clip = replace(clip, speaker=clip.speaker or clip.id)  # unknown speakers are all different
+        return SimpleNamespace(id=clip.id, clip=clip, values=values), missing
+
+    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+        """Label, confidence and probabilities of each sample."""
+        counts = Counter(sample.clip.speaker for sample in samples if self.own in sample.values)
+        problem = "no other clip of its speaker is known, by which the sound would be standardised"
+        results = {}
+        for sample in samples:
+            if self.own in sample.values and counts[sample.clip.speaker] == 1:
+                if len(sample.values[self.own]) == 1:
+                    results[sample.id] = {
+                        "id": sample.id,
+                        "error": f"{sample.id}: {problem} (a manifest names speakers)",
+                    }
+                missing = missing | {sample.id: missing[sample.id] | {"speaker": problem}}
+        results |= self._answers([sample for sample in samples if sample.id not in results], missing)
+        return [results[sample.id] for sample in samples]
+
+    @torch.inference_mode()
+    def _answers(self, samples: list, missing: dict[str, dict[str, str]]) -> dict[str, dict]:
+        """The result of each sample by its id."""
+        if not samples:
+            return {}
+        parts = {}
+        for name, source in self.sources.items():
+            held = {sample.id: sample.values[name] for sample in samples if name in sample.values}
+            store = Memory(held, source["dim"], source["kind"])
+            parts[name] = read([sample.id for sample in samples], store, self.max_frames)
+        clips = [sample.clip for sample in samples]
+        if self.own:
+            standardize_speakers(parts[self.own], clips)
+        data = assemble(clips, parts, self.labels, self.context).to(self.device)
+        data.standardize(self.fronts.dense, self.fronts.standardize)
+        p = speech.predict(self.model, data, self.seeds).softmax(-1).mean(0)
+        knows = (data.before[:-1] < len(data)).any(1) if self.context else torch.ones(len(data))
+        results = {}
+        for sample, row, known in zip(samples, p.tolist(), knows.tolist(), strict=True):
+            absent = missing[sample.id]
+            if not known:
+                absent = absent | {"context": "no earlier utterance of its dialogue is known"}
+            best = max(range(len(row)), key=row.__getitem__)
+            results[sample.id] = {
+                "id": sample.id, "available_modalities": [m for m in MODALITIES if m in sample.values],
+                "missing": absent, "emotion": self.labels[best], "confidence": row[best],
+                "probabilities": dict(zip(self.labels, row, strict=True)),
+            }  # fmt: skip
+        return results
+
+
+def checked_frames(value: torch.Tensor, dim: int, name: str, id: str) -> torch.Tensor:
+    """Features (D,) or (T, D) as frames (T, D); UserError for another shape, MediaError if nothing is in them."""
+    value = torch.atleast_2d(value)
+    if value.ndim != 2 or value.shape[1] != dim:
+        raise UserError(f"{id}: {name} has shape {tuple(value.shape)}, the model expects (T, {dim})")
+    if not (value != 0).any():
+        raise MediaError(f"{name}: all zeros")
+    if not torch.isfinite(value).any():
+        raise MediaError(f"{name}: no finite value")
+    return value.float()
+
+
+def checked_ids(value: torch.Tensor, dim: int, name: str, id: str) -> torch.Tensor:
+    """Ids (T,) into a table of `dim` rows; UserError for something else, MediaError if there is none."""
+    if not value.numel():
+        raise MediaError(f"{name}: empty")
+    if value.ndim != 1 or value.is_floating_point() or not 0 <= int(value.min()) <= int(value.max()) < dim:
+        raise UserError(f"{id}: {name} must be whole numbers (T,) from 0 to {dim - 1}")
+    return value
+
+
+PREDICTORS = {"mosei": FusionPredictor, "slm": SpeechPredictor, "meld": SpeechPredictor}
+
+
 def load(
     ckpt: str | Path, device: str = "cpu", decode: DecodeConfig | None = None, llm: str | None = None
 ) -> Predictor:
@@ -265,8 +389,11 @@ def load(
     `llm`: where the frozen language model lies, if it has moved since training.
     """
     folder, place = checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device
-    if checkpoint.read_state(folder).get("system") == "mosei":
-        return FusionPredictor(folder, place)
+    system = checkpoint.read_state(folder).get("system")
+    if system == "clap":
+        raise UserError(f"{folder}: projectors predict no emotion; train_slm.py --clap-ckpt makes a classifier of them")
+    if system in PREDICTORS:
+        return PREDICTORS[system](folder, place)
     return LlmPredictor(folder, place, decode, llm)
 
 
@@ -287,10 +414,10 @@ def read_input(path: str, text: str | None) -> list[Clip]:
 
 def predictions(predictor: Predictor, clips: list[Clip], question: str | None, batch_size: int) -> Iterator[dict]:
     """Answers in order; a clip that cannot be read gives {"id", "error"} and the others go on."""
-    for start in range(0, len(clips), batch_size):
+    for part in batches(clips, batch_size, predictor.together):
         results: dict[str, dict] = {}
         samples, missing = [], {}
-        for clip in clips[start : start + batch_size]:
+        for clip in part:
             try:
                 sample, missing[clip.id] = predictor.sample(clip, question)
                 samples.append(sample)
@@ -298,7 +425,19 @@ def predictions(predictor: Predictor, clips: list[Clip], question: str | None, b
                 results[clip.id] = {"id": clip.id, "error": str(error)}
         if samples:
             results |= {result["id"]: result for result in predictor.answer(samples, question, missing)}
-        yield from (results[clip.id] for clip in clips[start : start + batch_size])
+        yield from (results[clip.id] for clip in part)
+
+
+def batches(clips: list[Clip], size: int, together: str | None) -> Iterator[list[Clip]]:
+    """The clips in order, `size` at a time, or more: those that are alike in the field `together` stay in one batch."""
+    keys = [getattr(clip, together) if together else None for clip in clips]
+    last = {key: i for i, key in enumerate(keys) if key is not None}
+    start = end = 0
+    for i, key in enumerate(keys):
+        end = max(end, last.get(key, i))
+        if i == len(clips) - 1 or (i == end and i + 1 - start >= size):
+            yield clips[start : i + 1]
+            start = i + 1
 
 
 def main(cfg: Config) -> None:
@@ -306,6 +445,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
     clips = read_input(cfg.input, cfg.text)
     predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm)
+    for name in predictor.made:
+        predictor.encoder(name)  # if its weights are missing, that is said before the first clip
     print(f"{predictor.folder}: {predictor.coverage}")
     bad = 0
     with open(cfg.out, "w", encoding="utf-8") if cfg.out else open("/dev/null", "w") as file:

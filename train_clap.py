@@ -7,9 +7,11 @@ $ torchrun --nproc-per-node 2 train_clap.py --data-root datasets/LAION --batch-s
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from common import checkpoint, config, dist
 from common.config import UserError, opt
 from common.flat import Flat, set_lrs
-from common.keeper import Keeper, Rule, shuffled
+from common.keeper import Keeper, Progress, Rule, Watch, shuffled
 from common.log import Logger, curves_png
 from common.optim import OptimConfig, lr_at
 from common.run import open_run, resume_or_start
@@ -84,7 +86,15 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if lacking := [m for m in MODALITIES if m not in stores]:
         raise UserError(f"{cfg.data.data_root}: no store {lacking[0]}/: projectors need sound and words (--stores)")
     splits = {name: load(part, stores, [], cfg.data) for name, part in clips.items()}
+    for name, part in splits.items():
+        if gone := part.lacking():
+            say(f"{name}: {gone}: left out")
+    splits = {name: part.complete() for name, part in splits.items()}
     train = splits["train"]
+    if len(train) < 2 * here.world:
+        raise UserError(
+            f"{cfg.data.data_root}: {len(train)} pairs of sound and words to train on, at least 2 a process"
+        )
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     model = Clap(cfg.model, sources(stores, train.parts), seeds)
     if start is not None:
@@ -125,8 +135,6 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     log = Logger(out, here.main)
     log.truncate(progress.step)
     say(f"{a_step} pairs x {here.world} processes = {a_step * here.world} a step, {iters} steps an epoch")
-    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                           schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
 
     # ---- training: one pass of the outer loop is one epoch of all seeds
     model.train()
@@ -135,25 +143,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         began, done = time.perf_counter(), keeper.begin(cfg.seed, iters)
         order = shuffled(len(train), seeds, progress.epoch).to(here.device)
-        losses: list[Tensor] = []
-        norm = flat.grads.new_zeros(len(seeds))
-        for chunk in order[:, : iters * a_step * here.world].split(a_step * here.world, 1)[done:]:
-            stopping = stop.asked(here)
-            if stopping:
-                break
-            part = step_loss(model, train, chunk, cfg, here)
-            flat.zero_grad()
-            part.sum().backward()
-            if here.world > 1:
-                torch.distributed.all_reduce(flat.grads)
-            norm = flat.clip(cfg.grad_clip)
-            lr = lr_at(progress.step, total, schedule)
-            set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
-            optimizer.step()
-            model.clamp_scale()
-            losses.append(part.detach())
-            progress.step += 1
-            bar.update()
+        chunks = order[:, : iters * a_step * here.world].split(a_step * here.world, 1)
+        stopping, losses, norm = train_epoch(
+            model, train, cfg, here, flat, optimizer, progress, watches, chunks, done, stop, bar.update
+        )
         if stopping:
             break
         progress.epoch += 1
@@ -205,15 +198,50 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
-def step_loss(model: Clap, train: Pairs, chunk: Tensor, cfg: Config, here: dist.Ranks) -> Tensor:
-    """This rank's part (K,) of the contrastive loss of a step's clips (K, B), B of them on all ranks together."""
-    shares = [chunk[:, rank :: here.world] for rank in range(here.world)]
-    x, mask = train.gather(shares[here.rank])
-    with torch.autocast(chunk.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and chunk.is_cuda):
+def train_epoch(
+    model: Clap, train: Pairs, cfg: Config, here: dist.Ranks, flat: Flat, optimizer: torch.optim.Optimizer,
+    progress: Progress, watches: Sequence[Watch], chunks: Sequence[Tensor], done: int, stop: dist.Stop,
+    tick: Callable[[], Any],
+) -> tuple[bool, list[Tensor], Tensor]:  # fmt: skip
+    """The steps of an epoch from `done` on, each of the clips chunk (K, B) of all ranks.
+
+    Returns whether a stop was asked for, this rank's part (K,) of each step's loss, and the last gradient norm (K,).
+    """
+    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
+                           schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    losses: list[Tensor] = []
+    norm = flat.grads.new_zeros(len(watches))
+    for chunk in chunks[done:]:
+        if stop.asked(here):
+            return True, losses, norm
+        shares = [chunk[:, rank :: here.world] for rank in range(here.world)]
+        own = shares[here.rank]
+        scripts = train.script[own], train.script[torch.cat(shares, 1)]
+        part = step_loss(model, *train.gather(own), scripts, cfg)
+        flat.zero_grad()
+        part.sum().backward()
+        if here.world > 1:
+            torch.distributed.all_reduce(flat.grads)
+        norm = flat.clip(cfg.grad_clip)
+        lr = lr_at(progress.step, cfg.epochs * len(chunks), schedule)
+        set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
+        optimizer.step()
+        model.clamp_scale()
+        losses.append(part.detach())
+        progress.step += 1
+        tick()
+    return False, losses, norm
+
+
+def step_loss(
+    model: Clap, x: dict[str, Tensor], mask: dict[str, Tensor], scripts: tuple[Tensor, Tensor], cfg: Config
+) -> Tensor:
+    """This rank's part (K,) of the contrastive loss of a step; scripts of its clips (K, b) and of all ranks' (K, B)."""
+    device = model.logit_scale.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=cfg.precision == "bf16" and device == "cuda"):
         z = model(x, mask)
     own = {m: vectors.float() for m, vectors in z.items()}
     every = {m: dist.gather_rows(vectors) for m, vectors in own.items()}
-    scripts = train.script[shares[here.rank]], train.script[torch.cat(shares, 1)]
     return info_nce(own, every, scripts, model.logit_scale.exp())
 
 

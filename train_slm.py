@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from common import checkpoint, config, dist
 from common.config import UserError, opt
 from common.flat import Flat, set_lrs
-from common.keeper import Keeper, Rule, shuffled
+from common.keeper import Keeper, Progress, Rule, Watch, shuffled
 from common.log import Logger, curves_png
 from common.optim import OptimConfig, lr_at
 from common.run import open_run, resume_or_start
@@ -112,6 +113,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError(f"--num-emotions {cfg.num_emotions}: the data have {len(labels)} classes: {', '.join(labels)}")
     splits = {name: load(part, stores, labels, cfg.data) for name, part in clips.items()}
     splits["train"] = splits["train"].labelled()
+    for name, part in splits.items():
+        if gone := part.lacking():
+            say(f"{name}: {gone}")
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     model = build(cfg, splits["train"], stores, len(labels), seeds, start, say)
     for part in splits.values():
@@ -151,8 +155,6 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     say(f"{counts} clips of {len(labels)} classes; {count:,} parameters x {len(seeds)} seeds; {a_step} clips a step "
         f"({here.world} processes), {iters} steps an epoch; data {'on' if resident else 'beside'} {here.device}, "
         f"{size / 2**20:.0f} MiB")  # fmt: skip
-    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                           schedule="linear_warmup_cosine" if cfg.schedule_epochs else "constant")  # fmt: skip
 
     # ---- training: one pass of the outer loop is one epoch of all seeds
     model.train()
@@ -161,35 +163,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         began, done = time.perf_counter(), keeper.begin(cfg.seed, iters)
         order = shuffled(len(train), seeds, progress.epoch).to(train.device)
-        losses: list[Tensor] = []
-        right = torch.zeros(len(seeds), device=here.device)
-        norm = flat.grads.new_zeros(len(seeds))
-        for chunk in order.split(a_step, 1)[done:]:
-            stopping = stop.asked(here)
-            if stopping:
-                break
-            own = chunk[:, here.rank :: here.world]
-            y = train.label[own].to(here.device)
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and y.is_cuda):
-                logits = speech.forward(model, train, own)
-            each = F.cross_entropy(
-                logits.float().flatten(0, 1), y.flatten(), reduction="none", label_smoothing=cfg.label_smoothing
-            )
-            part = each.view(y.shape).sum(1) / chunk.shape[1]  # (K,)
-            flat.zero_grad()
-            part.sum().backward()
-            if here.world > 1:
-                torch.distributed.all_reduce(flat.grads)
-            norm = flat.clip(cfg.grad_clip)
-            lr = lr_at(progress.step, cfg.schedule_epochs * iters, schedule)
-            set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
-            optimizer.step()
-            if ema is not None:
-                ema.lerp_(flat.values, 1 - cfg.ema)
-            losses.append(part.detach())
-            right += (logits.argmax(-1) == y).sum(1)
-            progress.step += 1
-            bar.update()
+        stopping, losses, right, norm = train_epoch(
+            model, train, cfg, here, flat, optimizer, ema, progress, watches, order, done, stop, bar.update
+        )
         if stopping:
             break
         progress.epoch += 1
@@ -248,6 +224,60 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
+def train_epoch(
+    model: Slm, train: Pairs, cfg: Config, here: dist.Ranks, flat: Flat, optimizer: torch.optim.Optimizer,
+    ema: Tensor | None, progress: Progress, watches: Sequence[Watch], order: Tensor, done: int, stop: dist.Stop,
+    tick: Callable[[], Any],
+) -> tuple[bool, list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """The steps of an epoch from `done` on, of the clips order (K, N).
+
+    Returns whether a stop was asked for, and of this rank the part (K,) of each step's loss and the right answers (K,);
+    and the last gradient norm (K,).
+    """
+    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
+                           schedule="linear_warmup_cosine" if cfg.schedule_epochs else "constant")  # fmt: skip
+    chunks = order.split(cfg.batch_size * here.world, 1)
+    losses: list[Tensor] = []
+    right = torch.zeros(len(order), device=here.device)
+    norm = flat.grads.new_zeros(len(order))
+    for chunk in chunks[done:]:
+        if stop.asked(here):
+            return True, losses, right, norm
+        own = chunk[:, here.rank :: here.world]
+        y = train.label[own].to(here.device)
+        logits, part = step_loss(model, *speech.read(train, own, None, here.device), y, cfg)
+        part = part / chunk.shape[1]
+        flat.zero_grad()
+        part.sum().backward()
+        if here.world > 1:
+            torch.distributed.all_reduce(flat.grads)
+        if cfg.grad_clip:
+            norm = flat.clip(cfg.grad_clip)
+        lr = lr_at(progress.step, cfg.schedule_epochs * len(chunks), schedule)
+        set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
+        optimizer.step()
+        if ema is not None:
+            ema.lerp_(flat.values, 1 - cfg.ema)
+        losses.append(part.detach())
+        right += (logits.argmax(-1) == y).sum(1)
+        progress.step += 1
+        tick()
+    # where nothing is clipped, one look at the last step's gradients is enough
+    return False, losses, right, norm if cfg.grad_clip else flat.clip(0.0)
+
+
+def step_loss(
+    model: Slm, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Logits (K, B, C) of clips, and the sum (K,) of their losses."""
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and y.is_cuda):
+        logits = model(x, mask)
+    each = F.cross_entropy(
+        logits.float().flatten(0, 1), y.flatten(), reduction="none", label_smoothing=cfg.label_smoothing
+    )
+    return logits, each.view(y.shape).sum(1)
+
+
 def build(
     cfg: Config, train: Pairs, stores: dict[str, Store], classes: int, seeds: Sequence[int], start: Path | None,
     say: Callable[[str], None],
@@ -288,11 +318,7 @@ def take_projectors(own: Clap, projectors: Clap, where: str) -> None:
     """Copies what train_clap.py trained into every seed; of several seeds there, the first."""
     if own.sources != projectors.sources:
         raise UserError(f"{where}: its projectors read {projectors.sources}, the data here are {own.sources}")
-    with torch.no_grad():
-        for p, other in zip(own.parameters(), projectors.parameters(), strict=True):
-            p.copy_(other[:1].expand_as(p))
-        for buffer, other in zip(own.buffers(), projectors.buffers(), strict=True):
-            buffer.copy_(other)
+    slm.copy(projectors, own)
 
 
 if __name__ == "__main__":

@@ -150,25 +150,19 @@ class Keeper:
         return improved
 
     def save(self, name: str, links: Sequence[str] = ("last",)) -> None:
-        """Writes a checkpoint; one that only `best` points at holds no optimiser."""
+        """Writes a checkpoint; one that only `best` points at has weights of several epochs, and holds no optimiser.
+
+        With one seed it is that epoch whole, and a run can go on from it.
+        """
         self.progress.watches = [asdict(watch) for watch in self.watches]
         tensors: dict[str, Tensor] = {}
-        if "last" in links:
+        if "last" in links or (len(self.watches) == 1 and not self.extra):
             states = dist.gather(_rng_state(self.here.device))
             tensors = state_tensors(self.flat.parts, self.optimizer) | {"best": self.best}
             tensors |= {f"rng{rank}.{kind}": x for rank, part in enumerate(states) for kind, x in part.items()}
             tensors |= {f"extra.{name}": value for name, value in self.extra.items()}
-        write = partial(
-            checkpoint.save,
-            self.root,
-            name,
-            self.module,
-            tensors,
-            self.facts | vars(self.progress),
-            {},
-            links,
-            self.keep,
-        )
+        state = self.facts | vars(self.progress)
+        write = partial(checkpoint.save, self.root, name, self.module, tensors, state, {}, links, self.keep)
         dist.main_first(self.here, lambda: write() and None)
 
     def _save_best(self, metric: str) -> None:

@@ -27,8 +27,11 @@ def resume_or_start(cfg: T, name: str, say: Callable[[str], None]) -> tuple[T, P
         out = Path(cfg.out) if config.flagged(cfg, "out") else start.parent.parent
     elif cfg.resume:
         start = checkpoint.newest(out / "checkpoints")
-        if start is None and config.flagged(cfg, "ckpt"):
-            start = checkpoint.resolve(cfg.ckpt)
+        if config.flagged(cfg, "ckpt"):
+            if start is None:
+                start = checkpoint.resolve(cfg.ckpt)
+            else:
+                say(f"--resume: {out} holds a run, which goes on; --ckpt {cfg.ckpt} is not read")
         if start is None:
             say(f"--resume: {out} holds no checkpoint yet, starting fresh")
     elif checkpoint.newest(out / "checkpoints") and not cfg.overwrite:

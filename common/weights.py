@@ -69,24 +69,38 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
     """Tensor name -> safetensors file, of a sharded or a single-file folder. Reads headers only."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = _model_files(Path(folder), "model.safetensors")
+    if files is None:
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    return {name: file for file in files for name in _open(file).keys()}
+
+
+def model_files(folder: str | os.PathLike) -> list[Path]:
+    """The files of a sharded or a single-file folder: its safetensors, or PyTorch's where it has none."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        files = _model_files(Path(folder), single)
+        if files is not None:
+            return files
+    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin, nor an index of either")
+
+
+def _model_files(folder: Path, single: str) -> list[Path] | None:
+    index = folder / f"{single}.index.json"
     if index.is_file():
         files = sorted({folder / file for file in read_json(index)["weight_map"].values()})
-    elif single.is_file():
-        files = [single]
+    elif (folder / single).is_file():
+        files = [folder / single]
     else:
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+        return None
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing, but {index.name} names it")
-    return {name: file for file in files for name in _open(file).keys()}
+    return files
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     """All tensors of a sharded or a single-file folder."""
-    files = sorted(set(tensor_files(folder).values()))
-    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    return {name: tensor for file in model_files(folder) for name, tensor in read_tensors(file).items()}
 
 
 def _open(file: Path):
@@ -105,15 +119,20 @@ def read_tensors(file: str | os.PathLike, entry: str = "model", nested: bool = F
     if file.suffix == ".safetensors":
         shard = _open(file)
         return {name: shard.get_tensor(name) for name in shard.keys()}
-    try:
-        with torch.serialization.safe_globals(_scalars()):  # trainers keep NumPy scores beside their weights
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
+    state = read_state(file)
     state = state.get(entry, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"{file}: holds a {type(state).__name__}, not tensors by name")
     return {name: tensor for name, tensor in _flat(state, nested) if torch.is_tensor(tensor)}
+
+
+def read_state(file: str | os.PathLike) -> Any:
+    """What a torch file holds, if it is tensors, numbers, text and containers of these only."""
+    try:
+        with torch.serialization.safe_globals(_scalars()):  # trainers keep NumPy scores beside their weights
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
 
 
 def _flat(state: dict, nested: bool) -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,8 @@ class Store:
 
     def take(self, ids: Sequence[str]) -> tuple[list[Tensor], list[int]]:
         """The frames of many clips in pieces (n, D), in the clips' order, and how many frames each has."""
-        parts = [torch.atleast_2d(self[id]) for id in ids]
+        dense = self.info.get("kind") != "ids"  # ids of a clip are (T,), not one row of width T
+        parts = [torch.atleast_2d(self[id]) if dense else self[id] for id in ids]
         return parts, [len(part) for part in parts]
 
     def check(self, ids: Iterable[str] | None = None) -> None:
@@ -176,6 +177,17 @@ class NpyFolder(Store):
         if len(array) > 1 and self.pooling != "mean":
             raise UserError(f"{where} has {len(array)} rows, expected one utterance vector (or pooling mean or frames)")
         return array.mean(0) if len(array) > 1 else array[0]
+
+
+class Memory(Store):
+    """Features at hand, by id; of kind "ids" (T,), else frames (T, dim)."""
+
+    def __init__(self, values: dict[str, Tensor], dim: int, kind: str) -> None:
+        super().__init__(Path(), {"kind": kind, "dim": dim}, dim)
+        self._rows = values
+
+    def __getitem__(self, id: str) -> Tensor:
+        return self._rows[id]
 
 
 def is_store(folder: Path) -> bool:

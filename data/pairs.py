@@ -69,15 +69,28 @@ class Pairs:
         return replace(self, **moved, parts={m: part.to(device) for m, part in self.parts.items()})
 
     def labelled(self) -> "Pairs":
-        """The clips whose label is known; dialogues cannot be cut so."""
-        if bool((self.label >= 0).all()):
+        """The clips whose label is known."""
+        return self._kept(self.label >= 0)
+
+    def complete(self) -> "Pairs":
+        """The clips that have every modality."""
+        there = [(part.rows[:-1] < len(part.values) - 1).any(1) for part in self.parts.values()]
+        return self._kept(torch.stack(there).all(0))
+
+    def lacking(self) -> str:
+        """How many clips lack a modality, in words; nothing where none does."""
+        gone = {m: int((part.rows[:-1] == len(part.values) - 1).all(1).sum()) for m, part in self.parts.items()}
+        return ", ".join(f"{n:,} of {len(self):,} clips have no {m}" for m, n in gone.items() if n)
+
+    def _kept(self, keep: Tensor) -> "Pairs":
+        if bool(keep.all()):
             return self
         if self.before.shape[1]:
-            raise UserError(f"clip '{self.clips[int((self.label < 0).nonzero()[0])].id}' has no label")
-        keep = (self.label >= 0).nonzero()[:, 0]
-        ends = torch.cat([keep, keep.new_tensor([len(self)])])
+            raise UserError(f"clip '{self.clips[int((~keep).nonzero()[0])].id}' cannot be left out of its dialogue")
+        rows = keep.nonzero()[:, 0]
+        ends = torch.cat([rows, rows.new_tensor([len(self)])])
         return replace(
-            self, clips=[self.clips[i] for i in keep.tolist()], label=self.label[keep], script=self.script[keep],
+            self, clips=[self.clips[i] for i in rows.tolist()], label=self.label[rows], script=self.script[rows],
             parts={m: Ragged(part.values, part.rows[ends]) for m, part in self.parts.items()},
             before=self.before[ends], same=self.same[ends],
         )  # fmt: skip
@@ -193,12 +206,20 @@ def load(
     clips: Sequence[Clip], stores: dict[str, Store], labels: Sequence[str], cfg: PairsConfig, context: int = 0
 ) -> Pairs:
     """Features and labels of `clips`, in their order; labels that are not among `labels` are unknown."""
+    for m, store in stores.items():
+        if clips and not any(clip.id in store for clip in clips):
+            raise UserError(f"{store.folder}: {m} of none of the {len(clips):,} clips, such as '{clips[0].id}'")
     parts = {m: read([clip.id for clip in clips], store, cfg.max_frames) for m, store in stores.items()}
     if cfg.speaker_norm:
         sound = "stats" if "stats" in parts else "audio"  # statistics gain from it, frames hardly
         if sound not in parts or stores[sound].info.get("kind") == "ids":
             raise UserError("--speaker-norm: there is no sound to standardise")
         standardize_speakers(parts[sound], clips)
+    return assemble(clips, parts, labels, context)
+
+
+def assemble(clips: Sequence[Clip], parts: dict[str, Ragged], labels: Sequence[str], context: int = 0) -> Pairs:
+    """Clips and their features, with their labels, scripts and what was said before each."""
     numbers = {label: i for i, label in enumerate(labels)}
     words = [" ".join((clip.text or clip.id).casefold().split()) for clip in clips]
     scripts = {text: i for i, text in enumerate(dict.fromkeys(words))}
@@ -246,9 +267,14 @@ def standardize_speakers(part: Ragged, clips: Sequence[Clip]) -> None:
         whose.setdefault(clip.speaker, []).append(i)
     none = len(part.values) - 1
     part.values = part.values.clone()
-    for members in whose.values():
+    for speaker, members in whose.items():
         rows = part.rows[members].flatten()
         rows = rows[rows < none]
+        if len(rows) == 1:
+            raise UserError(f"--speaker-norm: speaker {speaker} has one vector, which cannot be compared with others")
         frames = part.values[rows].double()
-        spread = frames.std(0, correction=0)
-        part.values[rows] = ((frames - frames.mean(0)) / torch.where(spread > 1e-6, spread, torch.inf)).float()
+        finite = frames.isfinite()
+        n = finite.sum(0).clamp_min(1)
+        mean = torch.where(finite, frames, 0.0).sum(0) / n
+        spread = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
+        part.values[rows] = ((frames - mean) / torch.where(spread > 1e-6, spread, torch.inf)).float()

@@ -31,18 +31,18 @@ def embed(model: Clap, data: Pairs) -> dict[str, Tensor]:
 
 
 def ranks(query: Tensor, found: Tensor, script: Tensor) -> tuple[Tensor, Tensor]:
-    """How many candidates (N,) lie strictly nearer to each query (N, d) than its own; and how many of other scripts.
+    """How many other candidates (N,) lie as near to each query (N, d) as its own, or nearer; and of other scripts.
 
     Other clips with the query's words are right answers too: the second count leaves them out, and takes the nearest
-    right answer for the query's own.
+    right answer for the query's own. Ties count against the query, or vectors that are all alike would find everything.
     """
     every, others = [], []
     for rows in torch.arange(len(query), device=query.device).split(ROWS):
         similarity = query[rows] @ found.T  # (b, N)
         right = script[rows][:, None] == script
-        every.append((similarity > similarity.gather(1, rows[:, None])).sum(1))
+        every.append((similarity >= similarity.gather(1, rows[:, None])).sum(1) - 1)
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        others.append(((similarity > best) & ~right).sum(1))
+        others.append(((similarity >= best) & ~right).sum(1))
     return torch.cat(every), torch.cat(others)
 
 

@@ -68,9 +68,9 @@ class Fronts(Standardized):
             self.set_statistics(modality, *statistics(values))
 
     def vectors(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One vector (K, B, D) a clip and modality, of standardised frames (K, B, T, D) or of ids (K, B, T)."""
+        """One vector (K, B, D) a clip and modality that x has, of standardised frames (K, B, T, D) or ids (K, B, T)."""
         made: dict[str, list[Tensor]] = {}
-        for m in self.sources:
+        for m in [m for m in self.sources if m in x]:
             vector = self.fronts[m](x[m], mask[m]) if m in self.fronts else x[m][:, :, 0]
             made.setdefault(OWNER[m], []).append(vector)
         return {m: torch.cat(parts, -1) for m, parts in made.items()}
@@ -174,7 +174,10 @@ def check_same(model: Clap, path: str) -> None:
     else:
         folder = checkpoint.resolve(path, prefer="best")
         found = {name: p[0] for name, p in read_tensors(folder / checkpoint.MODEL).items() if "_proj." in name}
-    own = dict([*model.named_parameters(), *model.named_buffers()])
+    own = {name: p[0].flatten() for name, p in [*model.named_parameters(), *model.named_buffers()] if "_proj." in name}
+    if not found:
+        raise UserError(f"--clap-ckpt {path}: holds no projectors")
     for name, value in found.items():
-        if name not in own or not torch.allclose(own[name][0].flatten(), value.flatten(), atol=1e-6):
+        here, there = own.get(name, value.new_zeros(0)), value.flatten()
+        if here.shape != there.shape or not torch.allclose(here, there, atol=1e-6):
             raise UserError(f"--clap-ckpt {path}: {name} is not the one that the classifier was trained with")

@@ -75,12 +75,10 @@ class Meld(nn.Module):
                 nn.Dropout(cfg.dropout), Linear(k, cfg.hidden_dim, labels),
             )  # fmt: skip
         self.turns = Turns(k, labels, cfg.context) if cfg.context else None
-        start(self, seeds)
-        if isinstance(self.backbone, Slm):
-            self.backbone.clap.logit_scale.requires_grad_(False)
-            if not cfg.finetune:
-                freeze(self.backbone)
-                self.backbone.eval()
+        if self.frozen:
+            freeze(self.backbone)
+            self.backbone.eval()
+        start(self, seeds)  # after that: the frozen backbone has one seed
 
     @property
     def frozen(self) -> bool:

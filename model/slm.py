@@ -64,7 +64,7 @@ class Slm(nn.Module):
         start(self, seeds)
         if self.direct is not None:
             nn.init.zeros_(self.direct.weight)
-        self.clap.logit_scale.requires_grad_(False)  # of the contrastive loss only
+        constant(self.clap, "logit_scale")  # of the contrastive loss only
 
     def freeze_projectors(self) -> None:
         """Turns the projectors into buffers, which stay as they are and are still in every checkpoint."""
@@ -88,10 +88,14 @@ class Slm(nn.Module):
         logits = self.mlp(self._blocks(vectors, there))
         if self.direct is None:
             return logits
-        return logits + self.direct(torch.cat([there[m] * v for m, v in vectors.items()], -1))
+        seen = [
+            torch.where(there[m], vectors[m], 0.0) if m in vectors else logits.new_zeros(*logits.shape[:2], width)
+            for m, width in self.clap.widths.items()
+        ]
+        return logits + self.direct(torch.cat(seen, -1))
 
     def _read(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A vector (K, B, D) of each modality that the data have, and where there is any (K, B, 1) of both."""
+        """A vector (K, B, D) of each modality that x has, and where there is any (K, B, 1) of both."""
         some = next(iter(mask.values()))
         none = some.new_zeros(*some.shape[:2], 1)
         there = {m: mask[m].any(-1, keepdim=True) if m in mask else none for m in MODALITIES}
@@ -102,7 +106,7 @@ class Slm(nn.Module):
     def _blocks(self, vectors: dict[str, Tensor], there: dict[str, Tensor]) -> Tensor:
         s: dict[str, Tensor] = {}
         for m in MODALITIES:
-            absent = self.W_q.weight.new_zeros(1, 1, 1) if self.absent is None else self.absent[m]
+            absent = self.W_q.weight.new_zeros(self.cfg.clap.proj_dim) if self.absent is None else self.absent[m]
             s[m] = torch.where(there[m], self.clap.project(m, vectors[m]) if m in vectors else 0.0, absent)
         voice = self.prosody_lin(vectors["audio"]) if "audio" in vectors else torch.zeros_like(s["audio"])
         agreement = (self.W_q(s["text"]) * self.W_k(s["audio"])).sum(-1, keepdim=True) / math.sqrt(voice.shape[-1])
@@ -116,9 +120,15 @@ class Slm(nn.Module):
 def freeze(module: nn.Module) -> None:
     """Turns all parameters of a module into buffers of the same names, which checkpoints still hold."""
     for part in module.modules():
-        for name, p in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, p.detach().clone())
+        for name, _ in list(part.named_parameters(recurse=False)):
+            constant(part, name)
+
+
+def constant(module: nn.Module, name: str) -> None:
+    """Turns one parameter of a module into a buffer."""
+    value = module.get_parameter(name).detach().clone()
+    delattr(module, name)
+    module.register_buffer(name, value)
 
 
 def hide(there: dict[str, Tensor], chance: float) -> dict[str, Tensor]:
@@ -155,14 +165,12 @@ def original(path: str | Path) -> tuple[Slm, int, str]:
     return model.eval(), classes, load_original(model, path)
 
 
-def copy(model: Slm, other: nn.Module) -> None:
+def copy(model: nn.Module, other: nn.Module) -> None:
     """The weights of a classifier's first seed into every seed of another of the same shape."""
     own = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for name, value in [*other.named_parameters(), *other.named_buffers()]:
-            seeded = (
-                value.ndim and own[name].shape[1:] == value.shape[1:] and "mean_" not in name and "std_" not in name
-            )
+            seeded = value.ndim > 1 or name.endswith("logit_scale")  # not statistics, nor weights of hashed words
             value.copy_(own[name][:1].expand_as(value) if seeded else own[name])
 
 

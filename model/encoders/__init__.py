@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.config import UserError
 from common.options import Option, read
-from common.weights import find_weights, full_sha256, identity, tensor_files
+from common.weights import find_weights, full_sha256, identity, model_files
 
 ENCODERS = {  # module -> class
     "logmel": "LogMel",
@@ -22,23 +22,32 @@ ENCODERS = {  # module -> class
     "auristream": "AuriStream",
     "wavcoch": "WavCoch",
     "embeddinggemma": "EmbeddingGemma",
+    "hubert": "Hubert",
+    "wav2vec2": "Wav2Vec2",
+    "beats": "Beats",
+    "bert": "Bert",
 }
 
 
 class Encoder(nn.Module):
     """What every encoder offers; forward(x, mask=None) gives a clip the same rows alone and in any batch.
 
-    Audio is read at `sample_rate`, video as frames(pooling) pictures; `poolings` starts with the default.
+    Audio is read at `sample_rate`, video as frames(pooling) pictures; `poolings` starts with the default. Those whose
+    clips pay to be encoded together are `batched`: prepare() makes of each clip what forward() takes without its batch
+    dimension, lengths() says how many of the rows are the clip's, and pool() makes its features of them.
     """
 
     name: str
     modality: str  # audio, video or text
+    batched = False
     kind = "dense"  # or ids: integers for an embedding table of `dim` rows
     dim: int
     dtype = "float32"
     poolings: tuple[str, ...]
     hub: str | None = None  # where its weights are published; its first option is then the folder that holds them
     weights_sha256: dict[str, str] | None = None  # of every file that its output depends on
+    preprocessing: str | None = None  # what prepare() does, in words
+    coverage: str | None = None  # how many tensors of its files it took
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -48,13 +57,23 @@ class Encoder(nn.Module):
         """Width of a row after `pooling`."""
         return self.dim
 
+    def prepare(self, x: Any) -> Tensor:
+        """What forward() takes of a decoded clip."""
+        raise NotImplementedError  # what a clip's input looks like differs by modality
+
+    def pool(self, rows: Tensor, how: str) -> Tensor:
+        """Rows (T, D) of one clip -> its features."""
+        return rows.mean(0) if how == "mean" else rows
+
     def encode(self, x: Any, pooling: str) -> Tensor:
         """The pooled features of one clip, which has no batch dimension."""
-        raise NotImplementedError  # what a clip's input looks like differs by modality
+        return self.pool(self(self.prepare(x)[None])[0], pooling)
 
     def info(self, pooling: str) -> dict[str, Any]:
         """How features are made, for the index of their store: enough to load() this encoder again."""
         made = {"encoder": self.name, "options": self.options, "weights_sha256": self.weights_sha256, "kind": self.kind}
+        if self.preprocessing is not None:
+            made["preprocess"] = self.preprocessing
         return {**made, **self.options, "pooling": pooling, "dim": self.out_dim(pooling), "dtype": self.dtype}
 
 
@@ -102,7 +121,7 @@ def portable(given: str, folder: Path) -> str:
 
 def sha256(folder: Path, *beside: str) -> dict[str, str]:
     """File -> sha256, of the folder's tensors and of those of the files `beside` them that are there."""
-    names = sorted({*(path.name for path in tensor_files(folder).values()), *beside})
+    names = sorted({*(path.name for path in model_files(folder)), *beside})
     return {name: full_sha256(folder / name)[Path(name).name] for name in names if (folder / name).is_file()}
 
 

@@ -222,7 +222,7 @@ def test_stores_that_are_not_there(tmp_path, monkeypatch):
         assert str(error.value) == f"{place}: {none}"
     with pytest.raises(UserError) as error:
         pairs.open_stores(PairsConfig(data_root="data", stores={"voice": "x"}))
-    assert str(error.value) == "--stores: 'voice' is not one of audio, text"
+    assert str(error.value) == "--stores: 'voice' is not one of audio, stats, text"
     with pytest.raises(UserError, match="features not found: neither gone nor features/gone is a folder"):
         pairs.open_stores(PairsConfig(data_root="data", stores={"text": "gone"}))
 
@@ -301,9 +301,39 @@ def test_clips_without_a_label_are_left_out(tmp_path):
     assert found.labelled() is found
     unknown = dialogue()
     unknown[3].label = None
-    with pytest.raises(UserError, match="clip 'u3' has no label"):
+    with pytest.raises(UserError, match="clip 'u3' cannot be left out of its dialogue"):
         load(unknown, {}, LABELS, PairsConfig(), context=1).labelled()
     assert len(load(unknown, {}, LABELS, PairsConfig()).labelled()) == 7
+
+
+def test_clips_without_a_modality_are_left_out(tmp_path):
+    clips = lines()
+    made = root(tmp_path, clips)
+    made["text"].pop(clips[7].id)
+    writer = StoreWriter(tmp_path / "words", {"encoder": "drawn", "dim": 50, "kind": "ids"})
+    for id, ids in made["text"].items():
+        writer.add(id, ids)
+    writer.finish()
+    opened = {"audio": open_features(tmp_path / "audio"), "text": open_features(tmp_path / "words")}
+    data = load(clips, opened, LABELS, PairsConfig())
+    assert data.lacking() == "1 of 24 clips have no audio, 2 of 24 clips have no text"
+    found = data.complete()
+    kept = [i for i in range(24) if i not in (2, 7)]
+    assert [clip.id for clip in found.clips] == [clips[i].id for i in kept]
+    x, own = found.gather(torch.arange(22)[None])[0], data.gather(torch.tensor([kept]))[0]
+    assert all(torch.equal(x[m], own[m]) for m in x)
+    assert found.lacking() == ""
+    assert found.complete() is found
+
+
+def test_features_of_other_clips(tmp_path):
+    root(tmp_path, lines())
+    opened = {"audio": open_features(tmp_path / "audio")}
+    with pytest.raises(UserError) as error:
+        load([Clip("x"), Clip("y")], opened, LABELS, PairsConfig())
+    assert str(error.value) == f"{tmp_path}/audio: audio of none of the 2 clips, such as 'x'"
+    assert len(load([Clip("x"), *lines(1)], opened, LABELS, PairsConfig())) == 3
+    assert len(load([], opened, LABELS, PairsConfig())) == 0
 
 
 def loaded(folder, **cfg):
@@ -436,6 +466,22 @@ def test_sound_is_standardised_by_speaker(tmp_path):
     assert not any(after["audio"][-1][0])
 
 
+def test_statistics_of_the_sound_are_standardised_in_its_place(tmp_path):
+    clips = lines()
+    root(tmp_path, clips, audio="frames", stats="vectors", text="ids")
+    opened = pairs.open_stores(PairsConfig(data_root=str(tmp_path)))
+    assert list(opened) == ["audio", "stats", "text"]
+    before, after = (
+        everything(load(clips, opened, LABELS, PairsConfig(speaker_norm=norm))) for norm in (False, True)
+    )  # fmt: skip
+    assert after["audio"] == before["audio"]
+    assert after["text"] == before["text"]
+    for v in range(2):
+        own = [i for i, clip in enumerate(clips) if clip.speaker == f"v{v}" and before["stats"][i][0] == [True]]
+        x, found = (torch.tensor([part["stats"][i][1][0] for i in own]) for part in (before, after))
+        torch.testing.assert_close(found, (x - x.mean(0)) / x.std(0, correction=0), rtol=1e-4, atol=1e-4)
+
+
 def test_a_column_that_never_varies_is_0(tmp_path):
     clips = lines(2)
     made = {clip.id: torch.randn(3, DIM) for clip in clips}
@@ -451,11 +497,36 @@ def test_a_column_that_never_varies_is_0(tmp_path):
     assert x["audio"][..., 0].std() == pytest.approx(1.0, abs=0.1)
 
 
+def test_broken_values_do_not_spoil_their_speaker(tmp_path):
+    clips, generator = lines(6), torch.Generator().manual_seed(0)
+    x = torch.randn(12, DIM, generator=generator)
+    x[4, 1], x[6, 2] = torch.nan, torch.inf
+    writer = StoreWriter(tmp_path, {"encoder": "drawn", "dim": DIM})
+    for clip, row in zip(clips, x, strict=True):
+        writer.add(clip.id, row)
+    writer.finish()
+    data = load(clips, {"audio": open_features(tmp_path)}, LABELS, PairsConfig(speaker_norm=True))
+    found = data.gather(torch.arange(12)[None])[0]["audio"][0, :, 0]
+    assert (~found.isfinite()).nonzero().tolist() == [[4, 1], [6, 2]]
+    own = x[0::2].double()
+    own = torch.where(own.isfinite(), own, torch.nan)
+    expected = (own - own.nanmean(0)) / (own - own.nanmean(0)).square().nanmean(0).sqrt()
+    there = expected.isfinite()
+    torch.testing.assert_close(found[0::2].double()[there], expected[there], rtol=1e-5, atol=1e-5)
+
+
 def test_sound_that_cannot_be_standardised_by_speaker(tmp_path):
     clips = lines()
     root(tmp_path, clips)
     opened = {m: open_features(tmp_path / m) for m in ("audio", "text")}
     cfg = PairsConfig(speaker_norm=True)
+    clips[5].speaker = "another"
+    vectors = store(tmp_path / "vectors", clips, "vectors")
+    assert clips[5].id in vectors
+    with pytest.raises(UserError) as error:
+        load(clips, {"audio": open_features(tmp_path / "vectors")}, LABELS, cfg)
+    expected = "--speaker-norm: speaker another has one vector, which cannot be compared with others"
+    assert str(error.value) == expected
     clips[5].speaker = None
     with pytest.raises(UserError) as error:
         load(clips, opened, LABELS, cfg)

@@ -41,8 +41,8 @@ def looped(query, found, script):
     for i, q in enumerate(query.tolist()):
         similarity = [sum(a * b for a, b in zip(q, row, strict=True)) for row in found.tolist()]
         own = max(s for j, s in enumerate(similarity) if script[j] == script[i])
-        every.append(sum(s > similarity[i] for s in similarity))
-        others.append(sum(s > own and script[j] != script[i] for j, s in enumerate(similarity)))
+        every.append(sum(s >= similarity[i] for j, s in enumerate(similarity) if j != i))
+        others.append(sum(s >= own for j, s in enumerate(similarity) if script[j] != script[i]))
     return every, others
 
 
@@ -51,11 +51,11 @@ def looped(query, found, script):
 def test_ranks_are_counts(monkeypatch, rows, values):
     monkeypatch.setattr(retrieval, "ROWS", rows)
     generator = torch.Generator().manual_seed(0)
-    query, found = torch.randn(2, 20, 3, generator=generator)
+    query, found = torch.randn(2, 20, 3, dtype=torch.float64, generator=generator)
+    script = torch.randint(7, (20,), generator=generator)
     if values == "few":  # whole numbers: many candidates are equally near
         query, found = query.round(), found.round()
-    script = torch.randint(7, (20,), generator=generator)
-    found[4], script[4] = found[3], script[3]  # the same clip twice
+        found[4], script[4] = found[3], script[3]  # the same clip twice
     every, others = retrieval.ranks(query, found, script)
     expected = looped(query, found, script.tolist())
     assert (every.tolist(), others.tolist()) == expected
@@ -64,17 +64,25 @@ def test_ranks_are_counts(monkeypatch, rows, values):
     assert expected[0] != expected[1]
 
 
-def test_ties_and_duplicates_by_hand():
+def test_ties_count_against_the_query():
     found = torch.eye(4)
     found[1] = found[0]  # clips 0 and 1 have the same voice
-    same = retrieval.ranks(found, found, torch.tensor([0, 0, 1, 2]))
-    assert [rank.tolist() for rank in same] == [[0] * 4, [0] * 4]  # nothing is strictly nearer
+    every, others = retrieval.ranks(found, found, torch.tensor([0, 0, 1, 2]))
+    assert every.tolist() == [1, 1, 0, 0]
+    assert others.tolist() == [0, 0, 0, 0]
     query = torch.tensor([[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.5, 0.5], [0.9, 0.0, 0.5, 0.0], [1.0, 0.0, 1.0, 1.0]])
     every, others = retrieval.ranks(query, found, torch.tensor([0, 2, 0, 0]))
-    assert every.tolist() == [1, 0, 2, 0]
-    # clip 0 is right for clip 2's words, too; clip 1, of other words, is as near as that, and not nearer
-    assert others.tolist() == [0, 0, 0, 0]
+    assert every.tolist() == [3, 1, 2, 3]
+    # clip 0 is right for the words of clips 2 and 3, too; clip 1, of other words, is as near as that
+    assert others.tolist() == [0, 1, 1, 1]
     assert retrieval.ranks(query, found, torch.arange(4))[1].tolist() == every.tolist()
+
+
+def test_vectors_that_are_all_alike_find_nothing():
+    alike = {m: torch.full((1, 20, 4), 0.5) for m in ("text", "audio")}
+    (found,) = retrieval.score(alike, torch.arange(20) // 2)
+    assert found["r1"] == found["t2a_r10"] == found["dedup_a2t_r10"] == 0.0
+    assert (found["t2a_median_rank"], found["dedup_t2a_median_rank"]) == (20.0, 19.0)
 
 
 def test_scores_by_hand():
@@ -87,19 +95,16 @@ def test_scores_by_hand():
         [0.45, 0.0, 0.0, 0.4, 0.3],
     ])  # fmt: skip
     (found,) = retrieval.score({"text": text[None], "audio": audio[None]}, torch.tensor([0, 1, 2, 3, 0]))
-    # clips 0 and 4 say the same words
     counts = {
-        "t2a": [0, 1, 0, 3, 2],
-        "dedup_t2a": [0, 1, 0, 3, 0],
-        "a2t": [0, 0, 2, 0, 2],
-        "dedup_a2t": [0, 0, 2, 0, 0],
-    }
+        "t2a": [0, 1, 0, 3, 3], "dedup_t2a": [0, 1, 0, 3, 0],  # clips 0 and 4 say the same words
+        "a2t": [0, 0, 2, 1, 2], "dedup_a2t": [0, 0, 2, 1, 0],
+    }  # fmt: skip
     for way, rank in counts.items():
         assert found[f"{way}_r1"] == pytest.approx(rank.count(0) / 5)
         assert (found[f"{way}_r5"], found[f"{way}_r10"]) == (1.0, 1.0)
         assert found[f"{way}_median_rank"] == sorted(rank)[2] + 1
         assert found[f"{way}_mrr"] == pytest.approx(sum(1 / (each + 1) for each in rank) / 5)
-    assert found["r1"] == pytest.approx((3 / 5 + 4 / 5) / 2)
+    assert found["r1"] == pytest.approx((3 / 5 + 3 / 5) / 2)
     assert set(retrieval.NAMES) <= set(found)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import metrics
+from common import metrics, probe
 from data.manifest import Clip
 from data.pairs import Pairs
 from data.resident import Ragged
@@ -94,6 +94,16 @@ def test_data_of_one_modality_are_data_without_the_other():
     assert list(speech.evaluate(model, speech.views(data), LABELS, 2)) == ["fused", "audio", "text"]
     one = build(modalities=("audio",))
     assert list(speech.evaluate(one, speech.views(bare), LABELS, 2)) == ["audio"]
+
+
+def test_statistics_of_the_sound_are_sound():
+    data, model = pairs(), Recorder()
+    data.parts["stats"] = ragged(list(torch.ones(40, 1, 3)), 3)
+    index = torch.tensor([[3, 4]])
+    for only, left in (("audio", {"audio", "stats"}), ("text", {"text"}), (None, {"audio", "stats", "text"})):
+        speech.forward(model, data, index, only)
+        assert {m for m, part in model.seen[1].items() if part.any()} == left
+    assert list(speech.views(data)) == ["fused", "audio", "text"]
 
 
 class Recorder(nn.Module):
@@ -254,7 +264,12 @@ def test_the_linear_probe_without_a_valid_split(frames):
     none = torch.zeros(1, 0)
     empty = {m: Ragged(part.values[-1:], torch.zeros(1, 1).long()) for m, part in parts["test"].parts.items()}
     parts["valid"] = Pairs([], torch.tensor([]), torch.tensor([]), empty, none.long(), none.bool())
-    assert speech.linear(parts, "test", LABELS)["c"] == 1e-3
+    found = speech.linear(parts, "test", LABELS)
+    train, test = parts["train"], parts["test"]
+    x, new = (speech.pooled(part, torch.arange(len(part))) for part in (train, test))
+    weight, bias = probe.fit((x - x.mean(0)) / x.std(0), train.label, len(LABELS), found["c"])
+    logits = (new - x.mean(0)) / x.std(0) @ weight.T + bias
+    assert found["loss"] == pytest.approx(speech.score(logits, test.label, LABELS)["loss"], rel=1e-4)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

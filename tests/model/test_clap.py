@@ -153,6 +153,18 @@ def test_fronts_make_one_vector_of_frames_and_ids():
     assert model.widths["text"] == 10
 
 
+def test_statistics_of_the_sound_go_with_it():
+    dims = {"audio": 5, "stats": 3, "text": 7}
+    model = Clap(ClapConfig(proj_dim=WIDTH), sources(dims), (3, 4)).double().eval()
+    x = vectors(dims=dims)
+    assert model.widths == {"audio": 8, "text": 7}
+    assert model.audio_proj.weight.shape == (2, WIDTH, 8)
+    found = model.vectors(*batch(model, x))
+    assert torch.equal(found["audio"][1], torch.cat([x["audio"], x["stats"]], -1))
+    assert torch.equal(found["text"][1], x["text"])
+    assert set(model(*batch(model, x))) == {"audio", "text"}
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 

@@ -139,7 +139,7 @@ def test_bare_tensors_load_too(tmp_path):
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
-        ("normalised", {}, "16/28 tensors match the model; 12 missing: absent.audio, absent.text, norms.0.bias, ..."),
+        ("normalised", {}, "16/30 tensors match the model; 14 missing: absent.audio, absent.text, direct.bias, ..."),
         ("original", {"W_q.weight": None}, "15/16 tensors match the model; 1 missing: W_q.weight"),
         ("original", {"head.weight": torch.ones(2)}, "16/16 tensors match the model; 1 unexpected: head.weight"),
         ("original", {"mlp.3.bias": torch.ones(36)},
@@ -292,6 +292,29 @@ def test_blocks_are_normalised_one_by_one():
     close(model.features(x, mask), torch.cat(expected, -1))
 
 
+def test_the_direct_way_is_a_linear_layer_over_the_vectors():
+    cfg = config("normalised")
+    fresh = Slm(cfg, sources(), CLASSES, (3, 4)).eval().double()
+    x, mask = inputs(2)
+    mask["text"][:, 2] = False
+    close(fresh(x, mask), fresh.mlp(fresh.features(x, mask)))  # to begin with nothing goes there
+    model = build("normalised", (3, 4))
+    assert model.direct is not None
+    for k in range(2):
+        vectors = torch.cat([x[m][k, :, 0] * mask[m][k] for m in MODALITIES], -1)
+        straight = vectors @ model.direct.weight[k].T + model.direct.bias[k]
+        close(model(x, mask)[k], model.mlp(model.features(x, mask))[k] + straight)
+
+
+def test_dropout_of_what_is_read():
+    model = build("normalised", input_dropout=0.5, dropout=0.0, modality_dropout=0.0)
+    model.clap.drop.p = 0.0
+    x, mask = inputs()
+    close(model(x, mask), model(x, mask))
+    model.train()
+    assert not torch.allclose(model(x, mask), model(x, mask))
+
+
 # --- seeds and checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -339,5 +362,5 @@ def test_another_forms_checkpoint(tmp_path):
     folder = checkpoint.save(tmp_path, "epoch_001", model, {}, state, {})
     wrong = copy.deepcopy(state)
     wrong["config"]["model"]["form"] = "original"
-    with pytest.raises(UserError, match="20/20 tensors match the model; 12 unexpected"):
+    with pytest.raises(UserError, match="14 unexpected: absent"):
         slm.load(folder, wrong)

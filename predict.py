@@ -316,13 +316,11 @@ class SpeechPredictor(Predictor):
         problem = "no other clip of its speaker is known, by which the sound would be standardised"
         results = {}
         for sample in samples:
-            if self.own in sample.values and counts[sample.clip.speaker] == 1:
-                if len(sample.values[self.own]) == 1:
-                    results[sample.id] = {
-                        "id": sample.id,
-                        "error": f"{sample.id}: {problem} (a manifest names speakers)",
-                    }
-                missing = missing | {sample.id: missing[sample.id] | {"speaker": problem}}
+            if self.own not in sample.values or counts[sample.clip.speaker] > 1:
+                continue
+            missing = missing | {sample.id: missing[sample.id] | {"speaker": problem}}
+            if len(sample.values[self.own]) == 1:
+                results[sample.id] = {"id": sample.id, "error": f"{sample.id}: {problem} (a manifest can name it)"}
         results |= self._answers([sample for sample in samples if sample.id not in results], missing)
         return [results[sample.id] for sample in samples]
 

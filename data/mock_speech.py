@@ -5,6 +5,8 @@ $ python -m data.mock_speech --kind meld --out datasets/mock_meld
 """
 
 import csv
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +38,23 @@ def make_mock(folder: str | Path, kind: str, seed: int = 17) -> Path:
     same for every seed and for both kinds, so that what is learnt from one serves the other.
     """
     folder = Path(folder)
-    if (folder / "text" / "index.json").is_file():  # the last thing written
+    listing = "manifest.csv" if kind == "lines" else "train_sent_emo.csv"
+    if (folder / listing).is_file() and (folder / "text" / "index.json").is_file():
         return folder
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds something else than a whole mock set; name an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    made = folder.with_name(f"{folder.name}.part")  # renamed when whole: a stopped run leaves nothing behind
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     if kind == "lines":
         clips = _lines(rng)
-        write_manifest(folder / "manifest.csv", clips)
+        write_manifest(made / "manifest.csv", clips)
     else:
-        _write_meld(folder, rng)
-        clips = load_meld(folder, lambda _: None)
-    _write_stores(folder, clips, rng)
+        _write_meld(made, rng)
+        clips = load_meld(made, lambda _: None)
+    _write_stores(made, clips, rng)
+    os.replace(made, folder)
     return folder
 
 
@@ -60,7 +66,7 @@ def _lines(rng: np.random.Generator) -> list[Clip]:
         while sum(clip.split == split for clip in clips) < count:
             script += 1
             label = EMOTIONS[script % len(EMOTIONS)]
-            voices = 2 if split == "train" and script % 3 else 1
+            voices = 2 if split == "train" and script // len(EMOTIONS) % 3 else 1
             for voice in rng.choice(11, voices, replace=False):
                 id = f"{split}_{script:04d}_{voice:02d}"
                 clips.append(Clip(id, None, f"Line {script} of {split}.", label, split=split, speaker=f"voice{voice}",

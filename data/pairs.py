@@ -183,6 +183,8 @@ def open_stores(cfg: PairsConfig) -> dict[str, Store]:
         place = cfg.stores.get(m) or (str(Path(cfg.data_root, m)) if cfg.data_root else m)
         if m in cfg.stores or is_store(Path(place)):
             opened[m] = open_features(place)
+    if "stats" in opened and "audio" not in opened:
+        raise UserError("--stores stats=...: vectors beside frames of sound, but there is no store audio/")
     if not opened:
         problem = "holds no store audio/ or text/ (extract.py makes one; --stores names others)"
         raise UserError(f"{cfg.data_root or '.'}: {problem}")

@@ -59,7 +59,7 @@ def score(vectors: dict[str, Tensor], script: Tensor) -> list[dict[str, float]]:
             for prefix, rank in zip(("", "dedup_"), both, strict=True):
                 rank = rank.double()
                 found |= {f"{prefix}{way}_r{at}": float((rank < at).double().mean()) for at in AT}
-                found[f"{prefix}{way}_median_rank"] = float(rank.median()) + 1
+                found[f"{prefix}{way}_median_rank"] = float(rank.quantile(0.5)) + 1
                 found[f"{prefix}{way}_mrr"] = float((1 / (rank + 1)).mean())
         found["r1"] = (found["dedup_t2a_r1"] + found["dedup_a2t_r1"]) / 2
         out.append(found)

@@ -110,8 +110,8 @@ def report(
     """
     given = given or views(splits[split])
     first = next(iter(given))
-    logits = predict(model, given[first][0], seeds)
-    each = evaluate(model, given, labels, seeds)
+    logits = {way: predict(model, data, seeds, only) for way, (data, only) in given.items()}
+    each = {way: [score(one, given[way][0].label.cpu(), labels) for one in part] for way, part in logits.items()}
     truth, train = ([labels[i] for i in splits[name].label.tolist() if i >= 0] for name in (split, "train"))
     found: dict[str, Any] = {
         "split": split, "clips": each[first][0]["clips"], "labels": list(labels), "note": note, "per_seed": each[first],
@@ -123,7 +123,7 @@ def report(
     found["confusion"] = total.tolist()
     found["confused"] = confused(total, labels)
     say(table(found))
-    return found, logits
+    return found, logits[first]
 
 
 def confused(total: np.ndarray, labels: Sequence[str], most: int = 10) -> list[dict[str, Any]]:

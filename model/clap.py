@@ -65,7 +65,7 @@ class Fronts(Standardized):
             pairs = torch.unique(torch.stack([clips[there], values[rows[there]].long()]), dim=1)
             front.set_texts(torch.bincount(pairs[1], minlength=self.sources[modality]["dim"]).float())
         elif math.isfinite(self.limit):
-            self.set_statistics(modality, *statistics(values))
+            self.set_statistics(modality, *statistics(values[rows[rows < len(values) - 1]]))
 
     def vectors(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> dict[str, Tensor]:
         """One vector (K, B, D) a clip and modality that x has, of standardised frames (K, B, T, D) or ids (K, B, T)."""

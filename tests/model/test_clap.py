@@ -114,8 +114,9 @@ def test_what_is_fixed_before_training():
     rows = torch.tensor([[0, 1, 2], [3, 8, 8], [4, 5, 6], [8, 8, 8]])  # the ids of three clips; the 2 is of none
     for normalize in (True, False):
         model = Clap(ClapConfig(proj_dim=WIDTH, bag_dim=4, normalize=normalize), parts, (1, 2))
-        model.learn_statistics("audio", frames, torch.zeros(2, 1).long())
-        mean = frames[:-1].double().mean(0) if normalize else torch.zeros(3).double()
+        # one clip of 15 frames; the other five are beyond what is read of a clip
+        model.learn_statistics("audio", frames, torch.stack([torch.arange(15), torch.full((15,), 20)]))
+        mean = frames[:15].double().mean(0) if normalize else torch.zeros(3).double()
         close(model.get_buffer("mean_audio").double(), mean, 1e-6)
         seen = []
         model.fronts["text"].set_texts = seen.append  # counts clips, not occurrences

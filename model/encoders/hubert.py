@@ -1,0 +1,9 @@
+"""HuBERT, base to extra large: speech in states that were trained to tell hidden units of sound."""
+
+from model.encoders.speech import Speech
+
+
+class Hubert(Speech):
+    __doc__ = Speech.__doc__
+    name = "hubert"
+    hub = "TencentGameMate/chinese-hubert-large"  # whose mean over time is MER2023's voice; English: facebook/hubert-*

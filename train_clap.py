@@ -60,7 +60,7 @@ class Config:
     save_every: int = opt(1, "epochs between checkpoints; the best and the last are always kept", "--save-every")
     test: bool = opt(True, "read the test split once, after training", "--test")
     keep: int = opt(0, "newest checkpoints to keep besides best; 0: all", "--keep")
-    ckpt: str | None = opt(None, "start from these projectors; the published .pt files work", "--ckpt")
+    ckpt: str | None = opt(None, "start from these projectors; published and exported files work", "--ckpt")
     out: str | None = opt(None, "run folder; default: out/<config name>", "--out")
     resume: str | None = opt(None, "go on from the run's last checkpoint, or from PATH", "--resume", bare="last")
     overwrite: bool = opt(False, "replace the run in --out", "--overwrite")
@@ -259,7 +259,7 @@ def valid_losses(model: Clap, valid: Pairs, batch: int) -> list[float]:
 
 def load_weights(model: Clap, path: str) -> str:
     """Projectors of a checkpoint, or of the published files; returns what was loaded."""
-    if path.endswith((".pt", ".pth")):
+    if path.endswith(clap.FILES):
         return clap.load_original(model, path)
     return checkpoint.load_model(model, checkpoint.resolve(path, prefer="best"))
 

@@ -48,7 +48,7 @@ class Config:
         None, "classes that the data must have; default: as many as they have", "--num-emotions"
     )
     clap_ckpt: str | None = opt(
-        None, "projectors of train_clap.py or a published file, which then stay as they are; none: they learn too",
+        None, "projectors of train_clap.py, exported or published, which then stay as they are; none: they learn too",
         "--clap-ckpt",
     )  # fmt: skip
     shuffle_labels: bool = opt(False, "control: train on labels dealt out at random", "--shuffle-labels")
@@ -285,7 +285,7 @@ def build(
     """The model with its projectors, and the weights that it starts from."""
     frozen = bool(cfg.clap_ckpt)
     projectors = None
-    if cfg.clap_ckpt and start is None and not cfg.clap_ckpt.endswith((".pt", ".pth")):
+    if cfg.clap_ckpt and start is None and not cfg.clap_ckpt.endswith(clap.FILES):
         folder = checkpoint.resolve(cfg.clap_ckpt, prefer="best")
         state = checkpoint.read_state(folder)
         if state.get("system") != "clap":

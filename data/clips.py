@@ -163,10 +163,7 @@ class Features:
 
     def describe(self) -> dict[str, dict]:
         """How each store was made, so that predict.py can make the same features of a new clip."""
-        return {
-            name: {key: value for key, value in store.info.items() if key not in ("ids", "shards")}
-            for name, store in self.stores.items()
-        }
+        return {name: store.info for name, store in self.stores.items()}
 
     def statistics(self, clips: Sequence[Clip]) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and standard deviation of every slot's rows over clips, in float64."""

@@ -67,12 +67,14 @@ class FeatureStore(Store):
         folder = Path(folder)
         try:
             info = json.loads((folder / "index.json").read_text())
+            # how features were made is what is left, and goes into checkpoints
+            shards, ids = info.pop("shards"), info.pop("ids")
             super().__init__(folder, info, info["dim"])
-            self._files = list(info["shards"])
+            self._files = list(shards)
             # id -> (shard, row): 1,440 or 100,000 of them, never a read of the shards themselves
-            for shard, count in enumerate(info["shards"].values()):
+            for shard, count in enumerate(shards.values()):
                 first = len(self._rows)
-                self._rows |= {id: (shard, row) for row, id in enumerate(info["ids"][first : first + count])}
+                self._rows |= {id: (shard, row) for row, id in enumerate(ids[first : first + count])}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'index.json'}: not the index of a feature store ({error})") from None
         self._shards: dict[int, dict[str, Tensor]] = {}

@@ -21,6 +21,7 @@ from model.frames import FramePool
 from model.seeds import Linear, Standardized, start, statistics
 
 MODALITIES = ("audio", "text")
+FILES = (".pt", ".pth", ".safetensors")  # endings of projectors in one file: the published ones, and tools/export.py's
 OWNER = {"audio": "audio", "stats": "audio", "text": "text"}  # stream -> its modality; stats go with frames of sound
 Sources = dict[str, dict[str, Any]]  # stream -> {"dim", "kind": dense or ids, "frames": more than one a clip}
 
@@ -128,10 +129,10 @@ def load(folder: Path, state: dict[str, Any], device: torch.device | str = "cpu"
 
 
 def original_projectors(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The published projector files: {audio, text: {weight (768, 768), bias (768,)}}.
+    """The published projector files, and tools/export.py's: {audio, text: {weight (768, 768), bias (768,)}}.
 
     Either clap_projectors.pt, {"audio_proj": {...}, "text_proj": {...}}, or the heads and training checkpoints, whose
-    names are such as audio_proj.fc.weight; "module." and "fc." are optional.
+    names are such as audio_proj.fc.weight; "module." and "fc." are optional. A .safetensors file has these names too.
     """
     found: dict[str, dict[str, Tensor]] = {m: {} for m in MODALITIES}
     for name, value in read_tensors(path, "model_state", nested=True).items():
@@ -167,7 +168,7 @@ def load_original(model: Clap, path: str | Path) -> str:
 
 def check_same(model: Clap, path: str) -> None:
     """UserError unless the projectors of a checkpoint or of a published file are those of `model`."""
-    if path.endswith((".pt", ".pth")):
+    if path.endswith(FILES):
         found = {
             f"{m}_proj.{name}": value for m, part in original_projectors(path).items() for name, value in part.items()
         }

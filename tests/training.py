@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -87,6 +88,17 @@ def make_lines(folder, train=98, others=24, dim=32, emotions=mock_speech.EMOTION
         return mock_speech.make_mock(folder, "lines")
 
 
+def make_meld(folder, train=60, others=24, dim=32, stores=True):
+    """data/mock_speech.py's series, shorter and narrower; without its stores it is words alone."""
+    sizes = {"meld": {"train": train, "valid": others, "test": others}}
+    with mock.patch.multiple(mock_speech, SIZES=sizes, DIM=dim):
+        mock_speech.make_mock(folder, "meld")
+    if not stores:
+        for m in ("audio", "text"):
+            shutil.rmtree(folder / m)
+    return folder
+
+
 def changed_lines(source, folder, features=lambda m, id, x: x, **fields):
     """A copy of a data root: features(modality, id, x) in place of x, None for none; fields by name -> f(clip)."""
     folder.mkdir()
@@ -96,8 +108,7 @@ def changed_lines(source, folder, features=lambda m, id, x: x, **fields):
         store = FeatureStore(source / m)
         new = {id: x for id in store.ids if (x := features(m, id, store[id])) is not None}
         if new:
-            info = {name: value for name, value in store.info.items() if name not in ("shards", "ids")}
-            writer = StoreWriter(folder / m, info | {"dim": len(next(iter(new.values())))})
+            writer = StoreWriter(folder / m, store.info | {"dim": len(next(iter(new.values())))})
             for id, x in new.items():
                 writer.add(id, x)
             writer.finish()

@@ -3,11 +3,14 @@
 torchscript   traced, for torch.jit.load in Python and C++; any batch size
 torch_export  a graph for torch.export.load, AOTInductor and other compilers; any batch size
 safetensors   a folder of weights and config.json, for model.fusion.load or other software
+projectors    of train_clap.py: audio_proj and text_proj, weight and bias, as --clap-ckpt reads them; in the published
+              layout where --out ends in .pt
 
 The inputs are raw features of one clip a row, (B, D) or (B, T, D) as in the training data; normalisation is part of
 the model, and a row of zeros is a modality that is absent.
 
 $ python tools/export.py --ckpt out/mosei_fast --format torchscript
+$ python tools/export.py projectors --ckpt out/clap_fast
 """
 
 import json
@@ -28,25 +31,32 @@ if not __package__:  # run by path: start again as a module, so that the reposit
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import checkpoint, dist
 from common.config import UserError, opt, run
 from common.weights import read_json
 
 # format -> file or folder below the run's export/
-FORMATS = {"torchscript": "torchscript.pt", "torch_export": "torch_export.pt2", "safetensors": "safetensors"}
+FORMATS = {
+    "torchscript": "torchscript.pt", "torch_export": "torch_export.pt2", "safetensors": "safetensors",
+    "projectors": "clap_projectors.safetensors",
+}  # fmt: skip
 FACTS = "config.json"  # beside the weights, or inside the file
-TOLERANCE = 1e-5  # largest difference of a logit
+TOLERANCE = 1e-5  # largest difference of an output
 
 
 @dataclass
 class Config:
     ckpt: str | None = opt(None, "run folder, its checkpoints/ or one checkpoint; of a run the best", "--ckpt")
-    format: str = opt("torchscript", "form of the file", "--format", choices=tuple(FORMATS))
+    format: str = opt(
+        "torchscript", "form of the file; as the first word it needs no flag", "--format", choices=tuple(FORMATS)
+    )
     out: str | None = opt(None, "file or folder to write; default: below export/ of the run", "--out")
     seed_index: str = opt(
-        "best", "which of the checkpoint's seeds: best by valid score, a place from 0, or all", "--seed-index"
-    )
+        "best", "which of the checkpoint's seeds: best by valid score, a place from 0, or all (not of projectors)",
+        "--seed-index",
+    )  # fmt: skip
     device: str = opt("cpu", "device that the file will run on: traces may hold it", "--device")
 
 
@@ -60,6 +70,7 @@ class Part:
     load: Callable[[Path, dict[str, Any]], nn.Module]  # the model again from a folder of weights and its facts
     facts: dict[str, Any]  # what a user of the file must know
     said: str
+    gives: str = "logits"
 
 
 def main(cfg: Config) -> None:
@@ -68,10 +79,12 @@ def main(cfg: Config) -> None:
     folder = checkpoint.resolve(cfg.ckpt, prefer="best")
     state = checkpoint.read_state(folder)
     system = state.get("system")
-    if system not in SYSTEMS:
-        known = ", ".join(SYSTEMS)
-        raise UserError(f"{folder}: a checkpoint of system {system or 'unknown'} cannot be exported (only: {known})")
-    part = SYSTEMS[system](folder, state, cfg, dist.ranks(cfg.device).device)
+    make, formats = SYSTEMS.get(system, (None, ()))
+    if make is None or cfg.format not in formats:
+        what = f"a checkpoint of system {system or 'unknown'} cannot be exported as {cfg.format}"
+        known = "; ".join(f"{name}: {', '.join(formats)}" for name, (_, formats) in SYSTEMS.items())
+        raise UserError(f"{folder}: {what} ({known})")
+    part = make(folder, state, cfg, dist.ranks(cfg.device).device)
     out = _target(cfg, folder)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,17 +92,17 @@ def main(cfg: Config) -> None:
             WRITERS[cfg.format](part, Path(made, out.name))
             worst = difference(part, READERS[cfg.format](part, Path(made, out.name)))
             if not worst <= TOLERANCE:  # not a number is wrong too
-                raise UserError(f"{out}: not written, its logits differ by {worst:.3g} from the checkpoint's")
+                raise UserError(f"{out}: not written, its {part.gives} differ by {worst:.3g} from the checkpoint's")
             _place(Path(made, out.name), out)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
     takes = ", ".join(f"{name} ({', '.join(map(str, ('B', *shape)))})" for name, shape in part.shapes.items())
-    print(f"{out}: {part.said}\ntakes {takes}\nmax |difference| of logits: {worst:.3g}")
+    print(f"{out}: {part.said}\ntakes {takes}\nmax |difference| of {part.gives}: {worst:.3g}")
 
 
 @torch.no_grad()
 def difference(part: Part, again: Callable[..., Tensor]) -> float:
-    """Largest difference between the logits of a model and those of its exported form, for batches of 1 and 5."""
+    """Largest difference between the outputs of a model and those of its exported form, for batches of 1 and 5."""
     gaps = [(part.model(*x) - again(*x)).abs().max() for n in (1, 5) for x in part.draw(n)]
     return float(torch.stack(gaps).max())  # NaN stays NaN
 
@@ -144,7 +157,64 @@ def _seed(state: dict[str, Any], wanted: str) -> int | None:
     return int(wanted)
 
 
-SYSTEMS: dict[str, Callable[[Path, dict[str, Any], Config, torch.device], Part]] = {"mosei": _mosei}
+class Projectors(nn.Module):
+    """Linear maps of raw embeddings (B, D) of sound and of words, scaled to unit vectors (2, B, proj_dim)."""
+
+    def __init__(self, maps: dict[str, dict[str, Tensor]]) -> None:
+        super().__init__()
+        for m, part in maps.items():
+            self.add_module(f"{m}_proj", nn.ParameterDict(part))
+
+    def forward(self, audio: Tensor, text: Tensor) -> Tensor:
+        both = ((self.audio_proj, audio), (self.text_proj, text))
+        return torch.stack([F.normalize(F.linear(x, part["weight"], part["bias"]), dim=-1) for part, x in both])
+
+
+def _clap(folder: Path, state: dict[str, Any], cfg: Config, device: torch.device) -> Part:
+    """One seed's projectors of train_clap.py, with its standardisation made part of their weights."""
+    from model import clap
+
+    model, coverage = clap.load(folder, state, device)
+    if set(model.sources) != set(clap.MODALITIES) or len(model.fronts):
+        kinds = ", ".join(f"{m} {'ids' if s['kind'] == 'ids' else 'frames' if s['frames'] else 'vectors'}"
+                          for m, s in model.sources.items())  # fmt: skip
+        raise UserError(f"{folder}: only projectors of one vector a clip and modality are linear maps; it reads {kinds}")
+    chosen = _seed(state, cfg.seed_index)
+    if chosen is None:
+        raise UserError("--seed-index all: a file of projectors holds one seed's")
+    maps: dict[str, dict[str, Tensor]] = {}
+    spread: dict[str, tuple[Tensor, Tensor]] = {}
+    for m in clap.MODALITIES:
+        mean, std = model.get_buffer(f"mean_{m}"), model.get_buffer(f"std_{m}")
+        # a column that never varied has an infinite deviation
+        spread[m] = mean, torch.where(std.isfinite(), std, 1.0)
+        weight, bias = (model.get_parameter(f"{m}_proj.{name}")[chosen].detach() for name in ("weight", "bias"))
+        folded = weight.double() / std.double()
+        maps[m] = {"weight": folded.float(), "bias": (bias[0].double() - folded @ mean.double()).float()}
+    shapes = {m: (model.widths[m],) for m in clap.MODALITIES}
+
+    def draw(n: int) -> list[tuple[Tensor, ...]]:
+        """Rows like the training data, none of which is cut."""
+        noise = {m: torch.randn(n, *shape, device=device).clamp(-4, 4) for m, shape in shapes.items()}
+        return [tuple(mean + std * noise[m] for m, (mean, std) in spread.items())]
+
+    def whole(audio: Tensor, text: Tensor) -> Tensor:
+        """The checkpoint itself on raw embeddings."""
+        both = (("audio", audio), ("text", text))
+        found = [model.project(m, model.standardize(m, x)[0].expand(len(state["seeds"]), -1, -1)) for m, x in both]
+        return torch.stack(found)[:, chosen]
+
+    facts = {"system": "clap", "seed": state["seeds"][chosen], "checkpoint": folder.name, "features": state["features"]}
+    said = f"projectors, seed {facts['seed']} of {folder} ({coverage})"
+    if model.cfg.normalize:
+        said += f"; standardisation is folded in, but not the cut at {model.limit:g} deviations"
+    return Part(Projectors(maps), shapes, draw, None, facts, said, "unit vectors", whole)
+
+
+ALL = ("torchscript", "torch_export", "safetensors")
+SYSTEMS: dict[str, tuple[Callable[[Path, dict[str, Any], Config, torch.device], Part], tuple[str, ...]]] = {
+    "mosei": (_mosei, ALL), "clap": (_clap, ("projectors",)),
+}  # fmt: skip
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from data import pairs
 from data.features import StoreWriter, open_features
 from data.manifest import Clip, group_of, write_manifest
 from data.pairs import PairsConfig, load
+from data.resident import Ragged
 
 LABELS = ["anger", "joy", "neutral"]
 DIM = 4
@@ -535,3 +536,17 @@ def test_sound_that_cannot_be_standardised_by_speaker(tmp_path):
         with pytest.raises(UserError) as error:
             load(clips, stores, LABELS, cfg)
         assert str(error.value) == "--speaker-norm: there is no sound to standardise"
+
+
+def test_a_broken_clip_does_not_silence_its_speaker():
+    values = torch.randn(4, 3)
+    values[0], values[3] = torch.nan, 0.0
+    part = Ragged(values, torch.tensor([[0], [1], [2], [3]]))
+    pairs.standardize_speakers(part, [Clip(f"c{i}", None, "words", "joy", speaker="s") for i in range(3)])
+    assert part.values[1:3].isfinite().all()
+
+
+def test_a_speaker_of_one_vector_cannot_be_compared():
+    part = Ragged(torch.ones(2, 3), torch.tensor([[0], [1]]))
+    with pytest.raises(UserError, match="speaker s has one vector"):
+        pairs.standardize_speakers(part, [Clip("a", speaker="s")])

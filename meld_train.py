@@ -59,6 +59,8 @@ class Config:
     schedule: str = opt("constant", "shape after it", "--schedule", choices=("constant", "linear", "cosine"))
     weight_decay: float = opt(0.01, "AdamW decay of matrices", "--weight-decay")
     table_decay: float | None = opt(None, "decay of the table of hashed words; default: weight-decay", "--table-decay")
+    table_lr: float | None = opt(None, "learning rate of that table; default: lr", "--table-lr")
+    table_eps: float = opt(1e-8, "AdamW epsilon of that table; far above its gradients: plain descent", "--table-eps")
     grad_clip: float = opt(0.0, "largest gradient norm of a seed; 0: no clipping", "--grad-clip")
     epochs: int = opt(60, "epochs in all", "--epochs")
     batch_size: int = opt(128, "utterances a process and step", "--batch-size")
@@ -121,7 +123,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     # ---- one row of flat.values is one seed's head, or model
     flat = Flat(model)
-    optimizer = flat.adamw(cfg.lr, cfg.weight_decay, cfg.table_decay)
+    share = cfg.table_lr / cfg.lr if cfg.table_lr and cfg.lr else 1.0
+    optimizer = flat.adamw(cfg.lr, cfg.weight_decay, cfg.table_decay, cfg.table_eps, share)
     keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)
     if start is not None:
         keeper.restore(start, say)
@@ -198,7 +201,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         mean = {way: speech.summary(part) for way, part in found.items()}
         first = next(iter(mean.values()))
         numbers = {
-            "Train/Loss": loss, "Learning_Rate": optimizer.param_groups[0]["lr"], "Gradient_Norm": float(norm.mean()),
+            "Train/Loss": loss, "Learning_Rate": optimizer.param_groups[-1]["lr"], "Gradient_Norm": float(norm.mean()),
             "Val/Loss": first["loss"]["mean"], "Val/Accuracy": first["accuracy"]["mean"],
             "Val/F1": first["weighted_f1"]["mean"],
         }  # fmt: skip

@@ -209,15 +209,15 @@ def train_epoch(
     """
     schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
                            schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    scripts = train.script[torch.cat(list(chunks), 1)].split(chunks[0].shape[1], 1)[done:]
+    batches = train.batches([chunk[:, here.rank :: here.world] for chunk in chunks[done:]], here.device)
     losses: list[Tensor] = []
     norm = flat.grads.new_zeros(len(watches))
-    for chunk in chunks[done:]:
+    for script, (x, mask) in zip(scripts, batches, strict=True):
         if stop.asked(here):
             return True, losses, norm
-        shares = [chunk[:, rank :: here.world] for rank in range(here.world)]
-        own = shares[here.rank]
-        scripts = train.script[own], train.script[torch.cat(shares, 1)]
-        part = step_loss(model, *train.gather(own), scripts, cfg)
+        shares = [script[:, rank :: here.world] for rank in range(here.world)]
+        part = step_loss(model, x, mask, (shares[here.rank], torch.cat(shares, 1)), cfg)
         flat.zero_grad()
         part.sum().backward()
         if here.world > 1:

@@ -236,24 +236,26 @@ def train_epoch(
     """
     schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
                            schedule="linear_warmup_cosine" if cfg.schedule_epochs else "constant")  # fmt: skip
-    chunks = order.split(cfg.batch_size * here.world, 1)
+    a_step, share = cfg.batch_size * here.world, slice(here.rank, None, here.world)
+    total = cfg.schedule_epochs * math.ceil(order.shape[1] / a_step)
+    labels = train.label[order].to(here.device).split(a_step, 1)[done:]
+    batches = train.batches([chunk[:, share] for chunk in order.split(a_step, 1)[done:]], here.device)
     losses: list[Tensor] = []
     right = torch.zeros(len(order), device=here.device)
     norm = flat.grads.new_zeros(len(order))
-    for chunk in chunks[done:]:
+    for label, (x, mask) in zip(labels, batches, strict=True):
         if stop.asked(here):
             return True, losses, right, norm
-        own = chunk[:, here.rank :: here.world]
-        y = train.label[own].to(here.device)
-        logits, part = step_loss(model, *speech.read(train, own, None, here.device), y, cfg)
-        part = part / chunk.shape[1]
+        y = label[:, share]
+        logits, part = step_loss(model, x, mask, y, cfg)
+        part = part / label.shape[1]
         flat.zero_grad()
         part.sum().backward()
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         if cfg.grad_clip:
             norm = flat.clip(cfg.grad_clip)
-        lr = lr_at(progress.step, cfg.schedule_epochs * len(chunks), schedule)
+        lr = lr_at(progress.step, total, schedule)
         set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
         optimizer.step()
         if ema is not None:

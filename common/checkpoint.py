@@ -162,7 +162,7 @@ def clean(root: Path) -> None:
 def resolve(path: str | Path, prefer: str = "last") -> Path:
     """One checkpoint folder from a checkpoint, a checkpoints/ or a run folder (its `prefer` link, else the newest)."""
     path = Path(path)
-    for folder in (path, path / "checkpoints"):
+    for folder in (path / "checkpoints", path):  # copies beside checkpoints/ do not count
         if (folder / STATE).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
         if (folder / prefer / STATE).is_file():

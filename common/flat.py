@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,20 @@ class Flat:
                 part.grad = self.grads[seed, start:end]
                 self.parts[f"{name}_{seed}"] = part
 
-    def adamw(self, lr: float, weight_decay: float, apart: float | None = None) -> torch.optim.AdamW:
-        """Fused AdamW, its groups seed by seed; `apart` is the decay of tables and direct paths, where another."""
+    def adamw(
+        self, lr: float, weight_decay: float, apart: float | None = None, eps: float = 1e-8, share: float = 1.0
+    ) -> torch.optim.AdamW:  # fmt: skip
+        """Fused AdamW, its groups seed by seed; `apart` is the decay of tables and direct paths, where another.
+
+        Their epsilon is `eps` and their rate `share` times the others': an epsilon far above gradients makes of AdamW
+        gradient descent with momentum, at the rate lr / eps.
+        """
         decays = {"apart": weight_decay if apart is None else apart, "decayed": weight_decay, "plain": 0.0}
-        groups = [
-            {"params": [part], "weight_decay": decays[name.rpartition("_")[0]]} for name, part in self.parts.items()
-        ]
+        groups: list[dict[str, Any]] = []
+        for name, part in self.parts.items():
+            kind = name.rpartition("_")[0]
+            own = {"eps": eps, "share": share} if kind == "apart" else {"share": 1.0}
+            groups.append({"params": [part], "weight_decay": decays[kind]} | own)
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     def clip(self, most: float) -> Tensor:
@@ -79,7 +88,7 @@ def set_lrs(optimizer: torch.optim.Optimizer, lrs: list[float]) -> None:
     """Gives each seed's groups its learning rate."""
     each = len(optimizer.param_groups) // len(lrs)
     for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = lrs[i // each]
+        group["lr"] = lrs[i // each] * group.get("share", 1.0)
 
 
 def _kind(name: str, p: Tensor) -> str:

@@ -63,7 +63,7 @@ def stores(
         found = open_stores(cfg.pairs())
         if made:
             found = {m: store for m, store in found.items() if m in made}
-        for m in found.keys() & made.keys():
+        for m in [m for m in found if m in made]:
             _same(m, found[m].info, made[m])
         if not found:
             raise UserError(f"{root}: its stores have nothing of what the model reads ({', '.join(made)})")

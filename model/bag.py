@@ -22,10 +22,15 @@ class Bag(nn.Module):
         self.table = nn.Parameter(torch.zeros(k, buckets, dim))
         self.bias = nn.Parameter(torch.zeros(k, 1, dim))
         self.register_buffer("weight", torch.ones(buckets))
+        self.lift, self.damped = LIFT, False
+
+    def evenly(self) -> None:
+        """For gradient descent, safe from rare n-grams by itself: all weigh 1, one that a text has n times 1 + ln n."""
+        self.lift, self.damped = 0.0, True
 
     def set_texts(self, texts: Tensor) -> None:
         """`texts` (buckets,): how many texts of the train split have each n-gram; 50 of them have weight 1."""
-        self.weight.copy_((texts.clamp_min(1) / 50) ** LIFT)
+        self.weight.copy_((texts.clamp_min(1) / 50) ** self.lift)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         length = mask.sum(-1)  # (K, B)
@@ -33,7 +38,12 @@ class Bag(nn.Module):
         sums = []
         # padding, most of a batch of texts, is not looked up
         for table, own, there, n, size in zip(self.table.unbind(), ids, mask, length, scale, strict=True):
-            weight = self.weight[own] * size[:, None]
-            start = n.cumsum(0) - n
-            sums.append(F.embedding_bag(own[there], table, start, mode="sum", per_sample_weights=weight[there]))
+            weight = (self.weight[own] * size[:, None])[there]
+            start, read = n.cumsum(0) - n, own[there]
+            if self.damped:
+                text = torch.repeat_interleave(n)  # which text an id is of
+                _, place, times = torch.unique(text * len(table) + read, return_inverse=True, return_counts=True)
+                times = times[place].to(weight.dtype)
+                weight = weight * (1 + times.log()) / times
+            sums.append(F.embedding_bag(read, table, start, mode="sum", per_sample_weights=weight))
         return torch.stack(sums) + self.bias

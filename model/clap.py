@@ -34,15 +34,16 @@ class ClapConfig:
     max_scale: float = opt(100.0, "largest factor that training may give similarities")
     bag_dim: int = opt(128, "width that hashed words are embedded to")
     normalize: bool = opt(True, "standardise vectors by train-split statistics kept in the checkpoint", "--normalize")
+    one_scale: bool = opt(False, "frames by one mean and deviation, so that a spectrum keeps its shape", "--one-scale")
 
 
 class Fronts(Standardized):
     """What makes one vector of a clip's frames or ids; `widths` are those of the vectors."""
 
-    def __init__(self, sources: Sources, bag_dim: int, normalize: bool, k: int) -> None:
+    def __init__(self, sources: Sources, bag_dim: int, normalize: bool, k: int, one_scale: bool = False) -> None:
         dense = {m: source["dim"] for m, source in sources.items() if source["kind"] == "dense"}
         super().__init__(dense, 5.0 if normalize else math.inf)
-        self.sources, self.dense = sources, list(dense)
+        self.sources, self.dense, self.one_scale = sources, list(dense), one_scale
         self.fronts = nn.ModuleDict()
         self.widths: dict[str, int] = {}
         for m, source in sources.items():
@@ -66,7 +67,11 @@ class Fronts(Standardized):
             pairs = torch.unique(torch.stack([clips[there], values[rows[there]].long()]), dim=1)
             front.set_texts(torch.bincount(pairs[1], minlength=self.sources[modality]["dim"]).float())
         elif math.isfinite(self.limit):
-            self.set_statistics(modality, *statistics(values[rows[rows < len(values) - 1]]))
+            mean, std = statistics(values[rows[rows < len(values) - 1]])
+            if self.one_scale and front is not None:
+                std = (std.square().mean() + mean.var(correction=0)).sqrt().expand_as(std)
+                mean = mean.mean().expand_as(mean)
+            self.set_statistics(modality, mean, std)
 
     def vectors(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> dict[str, Tensor]:
         """One vector (K, B, D) a clip and modality that x has, of standardised frames (K, B, T, D) or ids (K, B, T)."""
@@ -81,7 +86,7 @@ class Clap(Fronts):
     """Fronts, and a linear projector a modality."""
 
     def __init__(self, cfg: ClapConfig, sources: Sources, seeds: Sequence[int]) -> None:
-        super().__init__(sources, cfg.bag_dim, cfg.normalize, len(seeds))
+        super().__init__(sources, cfg.bag_dim, cfg.normalize, len(seeds), cfg.one_scale)
         self.cfg = cfg
         for m, width in self.widths.items():
             self.add_module(f"{m}_proj", Linear(len(seeds), width, cfg.proj_dim))

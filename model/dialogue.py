@@ -20,6 +20,8 @@ class Turns(nn.Module):
 
         (mask) and where their speaker is the same (K, B, reach) -> logits (K, B, C).
         """
+        if self.training:  # half of the utterances learn to do without, or the maps would take over the classes' shares
+            mask = mask & (torch.rand(*mask.shape[:2], 1, device=mask.device) < 0.5)
         felt = F.pad(previous.detach().softmax(-1), (0, 1), value=1.0)
         who = torch.stack([mask & ~same, mask & same], -1).to(felt.dtype)  # (K, B, reach, 2)
         return logits + torch.einsum("kbpc,kbps,kpsco->kbo", felt, who, self.maps)

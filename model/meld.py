@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.config import UserError, from_dict, opt
 from common.weights import read_tensors
+from model.bag import Bag
 from model.clap import Fronts, Sources
 from model.dialogue import Turns
 from model.seeds import Linear, Norm, start
@@ -28,7 +29,9 @@ class MeldConfig:
         choices=("A", "B"),
     )  # fmt: skip
     finetune: bool = opt(False, "train stage 3's classifier too, not only the head", "--finetune")
-    hidden_dim: int = opt(1024, "width of the head's hidden layer", "--hidden-dim")
+    hidden_dim: int = opt(
+        1024, "width of the head's hidden layer; 0: hashed words speak for classes themselves", "--hidden-dim"
+    )
     dropout: float = opt(0.2, "dropout before the last layer", "--dropout")
     context: int = opt(0, "utterances before this one whose emotions, as far as told, are weighed in", "--context")
     bag_dim: int = opt(16, "width that hashed words are embedded to")
@@ -61,13 +64,23 @@ class Meld(nn.Module):
         if stage3 is None:
             if cfg.mode == "B":
                 raise UserError("--mode B reads stage 3's class scores: --stage3-ckpt names its checkpoint")
-            self.backbone = Fronts(sources, cfg.bag_dim, True, k)
+            self.backbone = Fronts(sources, cfg.bag_dim if cfg.hidden_dim else labels, True, k)
+            if not cfg.hidden_dim:
+                if self.backbone.dense:
+                    raise UserError(f"--hidden-dim 0 reads hashed words only, and {self.backbone.dense[0]} is vectors")
+                for front in self.backbone.fronts.values():
+                    assert isinstance(front, Bag)
+                    front.evenly()
             width = sum(self.backbone.widths.values())
         else:
             self.backbone = Slm(stage3, sources, classes, seeds if cfg.finetune else seeds[:1])
             width = BLOCKS * stage3.clap.proj_dim
         if cfg.mode == "B":
             self.adapter = Linear(k, classes, labels)
+        elif not cfg.hidden_dim:
+            if stage3 is not None:
+                raise UserError("--hidden-dim 0 is for hashed words without stage 3")
+            self.meld_head = nn.Identity()
         else:
             # the published head begins with a norm; a bag of few words shall stay shorter than one of many
             self.meld_head = nn.Sequential(

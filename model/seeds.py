@@ -129,12 +129,14 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
 def start(module: nn.Module, seeds: Sequence[int]) -> None:
     """Draws each seed's weights from its own generator, so that it begins alike alone and among others.
 
-    Matrices are Xavier-uniform, other free parameters small; biases, scales and distances stay as they were made.
+    Matrices are Xavier-uniform, convolutions Kaiming-uniform, other free parameters small; biases, scales and distances
+    stay as they were made.
     """
     for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for name, p in module.named_parameters():
             if name.endswith("weight"):
-                nn.init.xavier_uniform_(p[i], generator=generator)
+                draw = nn.init.xavier_uniform_ if p.ndim == 3 else nn.init.kaiming_uniform_
+                draw(p[i], generator=generator)
             elif not name.endswith(("bias", "scale", "distance")):
                 p[i].normal_(std=0.02, generator=generator)

@@ -4,12 +4,20 @@ import json
 import os
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 
 import eval as script
+import meld_train
+import train_clap
+import train_slm
 from common import config
 from common.config import UserError
+from data.manifest import read_manifest, write_manifest
+from evals import speech as reports
+from tests.training import changed_lines, make_lines, make_meld
+from tests.training import run as train
 
 SCORES = ("accuracy", "uar", "weighted_f1")
 
@@ -52,7 +60,6 @@ def test_eval_prints_the_numbers_of_the_training_log(trained, tmp_path, capsys, 
 
 def test_the_validation_clips_score_as_they_did_while_training(trained, tmp_path, capsys):
     from data.clips import DataConfig, load_splits
-    from data.manifest import write_manifest
 
     state = json.loads((trained.run / "checkpoints" / "last" / "state.json").read_text())
     cfg = config.from_dict(DataConfig, state["config"]["data"])
@@ -111,7 +118,10 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
         ([], "--ckpt is needed (a run folder or a checkpoint)"),
         (["--ckpt", tmp_path], f"checkpoint {tmp_path}: holds no checkpoint (a run folder, its checkpoints/ or one "
          "checkpoint folder)"),
-        (["--ckpt", trained.run, "--bench", "mer2022"], "--bench: 'mer2022' is not one of mer2023, clips, mosei"),
+        (["--ckpt", trained.run, "--bench", "mer2022"],
+         "--bench: 'mer2022' is not one of mer2023, clips, mosei, clap, slm, meld"),
+        (["--ckpt", trained.run, "--bench", "meld"],
+         "--bench meld: this checkpoint is a language model's (benchmarks: mer2023, clips)"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
          "--prompt-layout: 'trian' is not one of train, original_eval, question_first"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],
@@ -150,3 +160,162 @@ def test_a_checkpoint_of_another_base_is_refused(merr, tmp_path, signals):
         run("--ckpt", out)
     folder = (out / "checkpoints" / "last").resolve()
     assert str(error.value) == f"{folder}: was trained on other weights of {base} than those found here"
+
+
+# ---- the speech pipeline
+
+LINES, MELD = ("clap", "slm"), ("meld", "finetuned", "scratch", "mode_b")
+KIND = {name: "meld" if name in MELD else name for name in (*LINES, *MELD)}
+
+
+@pytest.fixture
+def _no_picture(monkeypatch):
+    """Most of the time of a small evaluation."""
+    monkeypatch.setattr(reports, "confusion_png", lambda *_: None)
+
+
+def two_voices(root, name, *sizes):
+    """Lines whose speakers all have several in every split."""
+    lines = make_lines(root / f"{name}_drawn", *sizes)
+    return changed_lines(lines, root / name, speaker=lambda clip: f"voice{clip.where[-1] in '02468'}")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """One run of every kind, with a dialogue's context or several seeds where it can have them; and their data."""
+    root = tmp_path_factory.mktemp("speech")
+    lines, meld = two_voices(root, "lines"), make_meld(root / "meld")
+    small = ["--device", "cpu", "--epochs", 2, "--seeds", 2]
+    wide = [*small, "--proj-dim", 16, "--batch-size", 20]
+    stage3 = ["--data-root", meld, "--stage3-ckpt", root / "slm", *small, "--hidden-dim", 16]
+    commands = {
+        "clap": (train_clap, ["--data-root", lines, *wide]),
+        "slm": (train_slm, ["--data-root", lines, *wide, "--hidden-dim", 16, "--clap-ckpt", root / "clap", "--ema", 0.5,
+                            "--speaker-norm"]),
+        "meld": (meld_train, [*stage3, "--context", 2]),
+        "finetuned": (meld_train, [*stage3, "--finetune"]),
+        "scratch": (meld_train, ["--data-root", meld, *small, "--context", 2, "--hidden-dim", 16]),
+        "mode_b": (meld_train, [*stage3, "--mode", "B"]),
+    }  # fmt: skip
+    for name, (module, argv) in commands.items():
+        with mock.patch.object(reports, "confusion_png"), mock.patch.object(module, "curves_png"):
+            assert train(module, [*argv, "--out", root / name]) == 0
+    return root
+
+
+def scores(run_folder):
+    return json.loads((run_folder / "results.json").read_text())["test"]
+
+
+def refused(*argv):
+    with pytest.raises(UserError) as error:
+        run(*argv, "--device", "cpu")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", KIND)
+def test_a_checkpoint_alone_gives_the_numbers_of_training(speech, tmp_path, monkeypatch, name, capsys):
+    """To the last digit: the data, their place and how the speakers are normalised come from the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    out = speech / name
+    best = json.loads((out / "results.json").read_text())["best"]["checkpoint"]
+    place = out / "eval" / KIND[name] / best
+    shutil.rmtree(out / "eval", ignore_errors=True)  # what training left there
+    run("--ckpt", out, "--device", "cpu")
+    assert json.loads((place / "metrics.json").read_text()) == scores(out)
+    said = capsys.readouterr().out
+    assert f"{out}/checkpoints/{best}: " in said
+    assert said.endswith(f"written to {place}\n")
+    if KIND[name] == "clap":
+        assert len(scores(out)["per_seed"]) == 2
+        return
+    _, records = read(place)
+    assert len(records) == scores(out)["clips"] == 24
+    assert (place / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert "model, 2 seeds" in said
+    assert "majority (" in said
+    labels = scores(out)["labels"]
+    assert len(labels) == (7 if KIND[name] == "meld" else 12)
+    assert all(list(record["probabilities"]) == labels for record in records)
+
+
+@pytest.mark.usefixtures("_no_picture")
+@pytest.mark.parametrize("name", ["clap", "slm", "meld", "scratch"])
+def test_the_data_at_another_place(speech, tmp_path, name):
+    """The same and others; stores that the checkpoint does not read do not matter."""
+    root = speech / ("meld" if KIND[name] == "meld" else "lines")
+    copy = shutil.copytree(root, tmp_path / "copy")
+    shutil.copytree(copy / "audio", copy / "stats")
+    argv = ("--ckpt", speech / name, "--bench", KIND[name], "--device", "cpu")
+    run(*argv, "--data-root", copy, "--out", tmp_path / "same")
+    assert json.loads((tmp_path / "same/metrics.json").read_text()) == scores(speech / name)
+    other = make_meld(tmp_path / "other", 30, 12) if KIND[name] == "meld" else two_voices(tmp_path, "other", 30, 12)
+    run(*argv, "--data-root", other, "--out", tmp_path / "new")
+    found = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert found["pairs" if KIND[name] == "clap" else "clips"] == 12
+
+
+@pytest.mark.usefixtures("_no_picture")
+def test_another_list_of_the_same_lines(speech, tmp_path):
+    clips = read_manifest(speech / "lines" / "manifest.csv")
+    write_manifest(tmp_path / "half.csv", [clip for clip in clips if clip.split != "test" or clip.id < "test_0013"])
+    run("--ckpt", speech / "slm", "--manifest", tmp_path / "half.csv", "--device", "cpu", "--out", tmp_path / "half")
+    metrics, records = read(tmp_path / "half")
+    _, every = read(speech / "slm" / "eval" / "slm" / (speech / "slm/checkpoints/best").resolve().name)
+    assert metrics["clips"] == 12
+    for record in records:
+        [same] = [other for other in every if other["id"] == record["id"]]
+        assert same["label"] == record["label"]
+
+
+@pytest.mark.parametrize("name", ["clap", "slm", "meld", "scratch"])
+def test_features_that_the_checkpoint_was_not_trained_on(speech, tmp_path, name):
+    copy = shutil.copytree(speech / ("lines" if name in LINES else "meld"), tmp_path / "copy")
+    index = json.loads((copy / "audio" / "index.json").read_text())
+    argv = ("--ckpt", speech / name, "--data-root", copy, "--out", tmp_path / "out")
+    for key, value in (("encoder", "auristream"), ("pooling", "max"), ("dim", 33)):
+        (copy / "audio" / "index.json").write_text(json.dumps(index | {key: value}))
+        here = f"{copy}/audio: {key} is {value}, the checkpoint was trained on {index[key]}"
+        there = f"audio: features have {key} {value}, the model was trained on {index[key]}"
+        assert refused(*argv) == (here if name in LINES else there)
+    shutil.rmtree(copy / "audio")
+    gone = "no store audio/, which the checkpoint reads (--stores)"
+    gone = gone if name in LINES else "no features of audio, which the checkpoint reads"
+    assert refused(*argv) == f"{copy}: {gone}"
+    shutil.rmtree(copy / "text")
+    line = refused(*argv)
+    assert line.startswith(f"{copy}: holds no store" if name in LINES else "audio: 'mock_audio' is no encoder here: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_no_picture")
+def test_lines_without_a_test_split_have_some_held_out_of_train(speech, tmp_path, capsys):
+    lines = changed_lines(speech / "lines", tmp_path / "lines", split=lambda clip: clip.split.replace("test", "valid"))
+    run("--ckpt", speech / "clap", "--data-root", lines, "--device", "cpu", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert f"test: {found['pairs']} clips of train held out by group (seed 0)\n" in said
+
+
+@pytest.mark.usefixtures("_no_picture")
+def test_words_alone_are_read_as_in_training(tmp_path, monkeypatch, capsys):
+    """What was made of them is kept, and made again where it is not at hand."""
+    monkeypatch.chdir(tmp_path)
+    meld = make_meld(tmp_path / "meld", 12, 6, stores=False)
+    small = ["--device", "cpu", "--epochs", 1, "--hidden-dim", 16, "--bag-dim", 2]
+    assert train(meld_train, ["--data-root", meld, *small, "--context", 2, "--out", "run"]) == 0
+    for argv, line in ((), "features/meld/hashtext-ids: 24 clips, width 65536, complete\n"), (
+        ("--features-root", "elsewhere"), "elsewhere/hashtext-ids: 24 clips, width 65536, "
+    ):  # fmt: skip
+        capsys.readouterr()
+        run("--ckpt", "run", "--device", "cpu", "--out", "scores", *argv)
+        assert line in capsys.readouterr().out
+        assert read(tmp_path / "scores")[0] == scores(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", KIND)
+def test_a_benchmark_of_another_kind(speech, name):
+    for bench in ("mer2023", "mosei", *KIND.values()):
+        if bench != KIND[name]:
+            line = refused("--ckpt", speech / name, "--bench", bench)
+            assert line == f"--bench {bench}: this checkpoint is of another kind (benchmark: {KIND[name]})"

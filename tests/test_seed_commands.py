@@ -1,6 +1,7 @@
-"""Emotion-LLaMA's and MOSEI's training guides: every YAML block and command of theirs works here, under our names."""
+"""The guides of Emotion-LLaMA, MOSEI and the speech pipeline: every YAML block and command works under our names."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,16 +12,26 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import extract
+import meld_train
 import predict
+import train_clap
 import train_llm
 import train_mosei
+import train_slm
 from common import config
 from common.options import options
+from data import mock_speech
+from evals import speech
+from tests.training import error, make_lines, run
+from tools import export
 
 ROOT = Path(train_llm.__file__).parent
 SCRIPTS = {
     "train_llm": train_llm,
     "train_mosei": train_mosei,
+    "train_clap": train_clap,
+    "train_slm": train_slm,
+    "meld_train": meld_train,
     "eval": evaluation,
     "predict": predict,
     "extract": extract,
@@ -146,6 +157,44 @@ FLAGS = {
         precision --precision, device --device, resident --resident, num_workers --num-workers,
         log_every --log-every, histograms --histograms, save_every --save-every, test --test, keep --keep,
         ckpt --ckpt, out --out, resume --resume, overwrite --overwrite, mock --mock, inspect --inspect, fast --fast""",
+    "train_clap": """
+        model.proj_dim --proj-dim, model.dropout, model.temperature --temperature, model.max_scale, model.bag_dim,
+        model.normalize --normalize, model.one_scale --one-scale, data.data_root --data-root,
+        data.manifest --manifest, data.stores --stores,
+        data.fold --fold, data.valid_share --valid-share, data.test_share, data.split_seed,
+        data.max_frames --max-frames, data.limit --limit, data.speaker_norm --speaker-norm,
+        shuffle_labels --shuffle-labels, lr --lr, min_lr --min-lr, warmup_steps --warmup-steps, schedule --schedule,
+        weight_decay --weight-decay, grad_clip --grad-clip, epochs --epochs, batch_size --batch-size,
+        patience --patience, metric --metric, seed --seed, seeds --seeds, precision --precision, device --device,
+        num_workers --num-workers, log_every --log-every, save_every --save-every, test --test, keep --keep,
+        ckpt --ckpt, out --out, resume --resume, overwrite --overwrite, fast --fast""",
+    "train_slm": """
+        model.clap.proj_dim --proj-dim, model.clap.dropout, model.clap.temperature --temperature,
+        model.clap.max_scale, model.clap.bag_dim, model.clap.normalize --normalize,
+        model.clap.one_scale --one-scale, model.form --form,
+        model.hidden_dim --hidden-dim, model.dropout --dropout, model.input_dropout --input-dropout,
+        model.modality_dropout --modality-dropout, data.data_root --data-root, data.manifest --manifest,
+        data.stores --stores, data.fold --fold, data.valid_share --valid-share, data.test_share, data.split_seed,
+        data.max_frames --max-frames, data.limit --limit, data.speaker_norm --speaker-norm,
+        num_emotions --num-emotions, clap_ckpt --clap-ckpt, shuffle_labels --shuffle-labels,
+        label_smoothing --label-smoothing, ema --ema, lr --lr, min_lr --min-lr, warmup_steps --warmup-steps,
+        schedule_epochs --schedule-epochs, weight_decay --weight-decay, direct_decay --direct-decay,
+        grad_clip --grad-clip, epochs --epochs, batch_size --batch-size, patience --patience, metric --metric,
+        seed --seed, seeds --seeds, precision --precision, device --device, resident --resident,
+        num_workers --num-workers, log_every --log-every, save_every --save-every, test --test, keep --keep,
+        ckpt --ckpt, out --out, resume --resume, overwrite --overwrite, fast --fast""",
+    "meld_train": """
+        model.mode --mode, model.finetune --finetune, model.hidden_dim --hidden-dim, model.dropout --dropout,
+        model.context --context, model.bag_dim, data.data_root --data-root, data.stores --stores,
+        data.encoders --encoders, data.features_root, data.max_frames --max-frames, data.limit --limit,
+        stage3_ckpt --stage3-ckpt, clap_ckpt --clap-ckpt, class_weights --class-weights,
+        shuffle_labels --shuffle-labels, label_smoothing --label-smoothing, lr --lr, min_lr --min-lr,
+        warmup_steps --warmup-steps, schedule --schedule, weight_decay --weight-decay, table_decay --table-decay,
+        table_lr --table-lr, table_eps --table-eps,
+        grad_clip --grad-clip, epochs --epochs, batch_size --batch-size, patience --patience, metric --metric,
+        seed --seed, seeds --seeds, precision --precision, device --device, num_workers --num-workers,
+        log_every --log-every, save_every --save-every, test --test, keep --keep, ckpt --ckpt, out --out,
+        resume --resume, overwrite --overwrite, fast --fast""",
     "eval": """
         ckpt --ckpt, bench --bench, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
@@ -158,8 +207,8 @@ FLAGS = {
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
         decode.repetition_penalty""",
     "extract": """
-        encoder, pooling, manifest, data_root, annotation_file, image_path, out, frame, image_size, num_workers,
-        max_bad, resume, overwrite""",
+        encoder, weights, options, pooling, manifest, data_root, annotation_file, image_path, out, frame, image_size,
+        num_workers, max_bad, resume, overwrite""",
 }  # fmt: skip
 
 
@@ -257,10 +306,11 @@ def test_our_stage_recipes_are_the_guides(as_file, stage, text, own, more):
 
 
 def test_every_config_loads_and_names_no_place_of_one_machine():
-    files = sorted((ROOT / "configs").glob("*.yaml"))
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
     assert {"stage1.yaml", "stage2.yaml"} <= {file.name for file in files}
+    scripts = {"mos": train_mosei, "clap": train_clap, "slm": train_slm, "meld": meld_train, "": train_llm}
     for file in files:
-        load("--cfg", file, script=train_mosei if file.name.startswith("mos") else train_llm)
+        load("--cfg", file, script=next(script for word, script in scripts.items() if word in file.stem))
         assert not [word for word in ("/home", "/mnt", "/tmp", "/work") if word in file.read_text()], file
 
 
@@ -358,9 +408,90 @@ def test_stage_1_then_stage_2(merr, tmp_path, signals, capsys):
         one / "checkpoints/epoch_001", one / "checkpoints/epoch_002", two / "checkpoints/epoch_001"))  # fmt: skip
     assert not all(torch.equal(first[name], last[name]) for name in last)
     assert all(torch.equal(after[name], last[name]) for name in last)
-    for run, metric in ((one, "weighted_f1"), (two, "clue_overlap")):
-        records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for out, metric in ((one, "weighted_f1"), (two, "clue_overlap")):
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         scores = [record[f"valid/{metric}"] for record in records if f"valid/{metric}" in record]
-        best = json.loads((run / "results.json").read_text())["best"]
+        best = json.loads((out / "results.json").read_text())["best"]
         assert (best["metric"], best["value"]) == (metric, max(scores))
     assert yaml.safe_load((two / "config.yaml").read_text())["data"]["task_pool"] == {"reason_v2": 1.0}
+
+
+# ---- the speech pipeline's guide
+
+STAGE3 = "--num-emotions 36 --data-root datasets/LAION --clap-ckpt checkpoints/clap_projectors.pt --batch-size 512"
+STAGE4 = """
+    --data-root datasets/MELD --stage3-ckpt models/slm_stage3_epoch149_best.pt --clap-ckpt models/clap_projectors.pt
+    --mode A --epochs 60 --batch-size 128 --lr 0.001 --weight-decay 0.01 --num-workers 4
+    --save-dir checkpointA_balanced --resume checkpointA_balanced/meld_slm_A_best.pt --seed 17
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "expected"),
+    [
+        (train_clap, "", {}),
+        (train_slm, f"{STAGE3} --epochs 50", {"epochs": 50}),
+        (train_slm, f"{STAGE3} --epochs 100 --checkpoint checkpoints/slm_stage3_epoch049_with_splits.pt --resume",
+         {"epochs": 100, "ckpt": "checkpoints/slm_stage3_epoch049_with_splits.pt", "resume": "last"}),
+        (train_slm, f"{STAGE3} --epochs 150 --checkpoint checkpoints/slm_stage3_epoch099_best.pt --resume",
+         {"epochs": 150, "ckpt": "checkpoints/slm_stage3_epoch099_best.pt", "resume": "last"}),
+        (meld_train, STAGE4, {
+            "data.data_root": "datasets/MELD", "stage3_ckpt": "models/slm_stage3_epoch149_best.pt",
+            "clap_ckpt": "models/clap_projectors.pt", "model.mode": "A", "epochs": 60, "batch_size": 128, "lr": 1e-3,
+            "weight_decay": 0.01, "num_workers": 4, "out": "checkpointA_balanced",
+            "resume": "checkpointA_balanced/meld_slm_A_best.pt", "seed": 17,
+        }),
+    ],
+)  # fmt: skip
+def test_commands_of_the_speech_guide(script, command, expected):
+    if STAGE3 in command:
+        expected |= {"num_emotions": 36, "data.data_root": "datasets/LAION", "batch_size": 512,
+                     "clap_ckpt": "checkpoints/clap_projectors.pt"}  # fmt: skip
+    assert values(load(*command.split(), script=script)) == values(script.Config()) | expected
+
+
+def test_the_speech_guide_from_stage_2_to_4(tmp_path, monkeypatch, capsys):
+    """Its commands in its order and places, on 147 lines of 12 emotions and a MELD of 100 utterances."""
+    monkeypatch.chdir(tmp_path)
+    for script in (train_clap, train_slm, meld_train):  # half of the time
+        monkeypatch.setattr(script, "curves_png", lambda *_: None)
+    monkeypatch.setattr(speech, "confusion_png", lambda *_: None)
+    make_lines(Path("datasets/LAION"))
+    monkeypatch.setattr(mock_speech, "DIM", 32)
+    monkeypatch.setitem(mock_speech.SIZES, "meld", {"train": 60, "valid": 20, "test": 20})
+    mock_speech.make_mock("datasets/MELD", "meld")
+    toy, small = ["--device", "cpu"], ["--proj-dim", 16, "--hidden-dim", 16]
+
+    assert run(train_clap, [*toy, "--epochs", 2, "--proj-dim", 16]) == 0
+    assert run(export, ["--format", "projectors", "--ckpt", "out/clap", "--out", "checkpoints/clap_projectors.pt"]) == 0
+
+    stage3 = [*STAGE3.replace("36", "12").split(), *toy, *small]
+    assert run(train_slm, [*stage3, "--epochs", 2]) == 0
+    for epochs, name in ((4, "slm_stage3_epoch001_with_splits"), (6, "slm_stage3_epoch003_best")):
+        Path(f"out/slm/checkpoints/epoch_00{epochs - 2}").rename(f"checkpoints/{name}")
+        assert run(train_slm, [*stage3, "--epochs", epochs, "--checkpoint", f"checkpoints/{name}", "--resume"]) == 0
+        assert f"resumed from {tmp_path}/checkpoints/{name}: " in capsys.readouterr().out
+    slm = json.loads(Path("out/slm/results.json").read_text())
+    assert [point["epoch"] for point in slm["history"]] == [1, 2, 3, 4, 5, 6]
+
+    shutil.copytree(Path("out/slm/checkpoints/best").resolve(), "models/slm_stage3_epoch149_best")
+    shutil.copy("checkpoints/clap_projectors.pt", "models")
+    given = [word.removesuffix(".pt") if "slm" in word else word for word in STAGE4.split()]
+    given[given.index("60")] = "2"
+    line = error(meld_train, [*given, *toy], capsys)
+    assert line == "--resume checkpointA_balanced/meld_slm_A_best: not found (first run: leave --resume out)"
+    first = [word for i, word in enumerate(given) if "--resume" not in given[max(i - 1, 0) : i + 1]]
+    assert run(meld_train, [*first, *toy]) == 0
+    best = Path("checkpointA_balanced/checkpoints/best").resolve()
+    shutil.copytree(best, "checkpointA_balanced/meld_slm_A_best")
+    assert run(meld_train, [*given, *toy, "--epochs", 3]) == 0
+    assert f"resumed from {tmp_path}/checkpointA_balanced/meld_slm_A_best: " in capsys.readouterr().out
+    meld = json.loads(Path("checkpointA_balanced/results.json").read_text())
+    assert [point["epoch"] for point in meld["history"]] == [1, 2, 3]
+
+    capsys.readouterr()
+    for out, bench in (("out/clap", "clap"), ("out/slm", "slm"), ("checkpointA_balanced", "meld")):
+        assert run(evaluation, ["--ckpt", out, "--device", "cpu"]) == 0
+        place = Path(tmp_path, out, "eval", bench, Path(out, "checkpoints/best").resolve().name)
+        assert f"written to {place}\n" in capsys.readouterr().out
+        assert (place / "metrics.json").is_file()

@@ -43,6 +43,7 @@ FORMATS = {
     "projectors": "clap_projectors.safetensors",
 }  # fmt: skip
 FACTS = "config.json"  # beside the weights, or inside the file
+MAP = ("weight", "bias")  # of a linear map
 TOLERANCE = 1e-5  # largest difference of an output
 
 
@@ -67,10 +68,10 @@ class Part:
     model: nn.Module
     shapes: dict[str, tuple[int, ...]]  # input -> shape of one row, in the order of the model's arguments
     draw: Callable[[int], list[tuple[Tensor, ...]]]  # batches of n rows that the file must agree on
-    load: Callable[[Path, dict[str, Any]], nn.Module]  # the model again from a folder of weights and its facts
     facts: dict[str, Any]  # what a user of the file must know
     said: str
     gives: str = "logits"
+    load: Callable[..., nn.Module] | None = None  # the model again from a folder of weights and its facts
 
 
 def main(cfg: Config) -> None:
@@ -140,7 +141,7 @@ def _mosei(folder: Path, state: dict[str, Any], cfg: Config, device: torch.devic
 
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
     said = f"{model.cfg.model}, {which} of {folder} ({coverage}), logits of {', '.join(state['labels'])}"
-    return Part(model.requires_grad_(False), shapes, draw, load, facts, said)
+    return Part(model.requires_grad_(False), shapes, draw, facts, said, load=load)
 
 
 def _seed(state: dict[str, Any], wanted: str) -> int | None:
@@ -158,63 +159,63 @@ def _seed(state: dict[str, Any], wanted: str) -> int | None:
 
 
 class Projectors(nn.Module):
-    """Linear maps of raw embeddings (B, D) of sound and of words, scaled to unit vectors (2, B, proj_dim)."""
+    """One seed's projectors of train_clap.py: raw embeddings (B, D) of sound and words -> unit vectors (2, B, W)."""
 
-    def __init__(self, maps: dict[str, dict[str, Tensor]]) -> None:
+    def __init__(self, clap: Any, seed: int) -> None:
         super().__init__()
-        for m, part in maps.items():
-            self.add_module(f"{m}_proj", nn.ParameterDict(part))
+        self.clap, self.seed = clap, seed
 
     def forward(self, audio: Tensor, text: Tensor) -> Tensor:
-        both = ((self.audio_proj, audio), (self.text_proj, text))
-        return torch.stack([F.normalize(F.linear(x, part["weight"], part["bias"]), dim=-1) for part, x in both])
+        made = []
+        for m, x in (("audio", audio), ("text", text)):
+            x, _ = self.clap.standardize(m, x)
+            made.append(self.clap.project(m, x.expand(len(self.clap.logit_scale), *x.shape))[self.seed])
+        return torch.stack(made)
+
+    def linear(self) -> dict[str, dict[str, Tensor]]:
+        """Weight and bias of each modality's map of raw embeddings: standardisation is a linear map too."""
+        made = {}
+        for m in ("audio", "text"):
+            weight, bias = (self.clap.get_parameter(f"{m}_proj.{name}")[self.seed].double() for name in MAP)
+            weight = weight / self.clap.get_buffer(f"std_{m}")
+            bias = bias[0] - weight @ self.clap.get_buffer(f"mean_{m}").double()
+            made[m] = {"weight": weight.float().cpu(), "bias": bias.float().cpu()}
+        return made
 
 
 def _clap(folder: Path, state: dict[str, Any], cfg: Config, device: torch.device) -> Part:
-    """One seed's projectors of train_clap.py, with its standardisation made part of their weights."""
+    """One seed's projectors, where they read one vector of sound and one of words."""
     from model import clap
 
     model, coverage = clap.load(folder, state, device)
-    if set(model.sources) != set(clap.MODALITIES) or len(model.fronts):
-        kinds = ", ".join(f"{m} {'ids' if s['kind'] == 'ids' else 'frames' if s['frames'] else 'vectors'}"
-                          for m, s in model.sources.items())  # fmt: skip
-        raise UserError(f"{folder}: only projectors of one vector a clip and modality are linear maps; it reads {kinds}")
+    if set(model.sources) != set(clap.MODALITIES) or model.fronts:
+        raise UserError(f"{folder}: frames and hashed words go through more than a linear map; only --ckpt holds that")
     chosen = _seed(state, cfg.seed_index)
     if chosen is None:
-        raise UserError("--seed-index all: a file of projectors holds one seed's")
-    maps: dict[str, dict[str, Tensor]] = {}
-    spread: dict[str, tuple[Tensor, Tensor]] = {}
-    for m in clap.MODALITIES:
-        mean, std = model.get_buffer(f"mean_{m}"), model.get_buffer(f"std_{m}")
-        # a column that never varied has an infinite deviation
-        spread[m] = mean, torch.where(std.isfinite(), std, 1.0)
-        weight, bias = (model.get_parameter(f"{m}_proj.{name}")[chosen].detach() for name in ("weight", "bias"))
-        folded = weight.double() / std.double()
-        maps[m] = {"weight": folded.float(), "bias": (bias[0].double() - folded @ mean.double()).float()}
+        raise UserError("--seed-index all: a file of projectors holds those of one seed")
     shapes = {m: (model.widths[m],) for m in clap.MODALITIES}
 
     def draw(n: int) -> list[tuple[Tensor, ...]]:
-        """Rows like the training data, none of which is cut."""
-        noise = {m: torch.randn(n, *shape, device=device).clamp(-4, 4) for m, shape in shapes.items()}
-        return [tuple(mean + std * noise[m] for m, (mean, std) in spread.items())]
-
-    def whole(audio: Tensor, text: Tensor) -> Tensor:
-        """The checkpoint itself on raw embeddings."""
-        both = (("audio", audio), ("text", text))
-        found = [model.project(m, model.standardize(m, x)[0].expand(len(state["seeds"]), -1, -1)) for m, x in both]
-        return torch.stack(found)[:, chosen]
+        """Rows like the training data, none so far out that it is cut."""
+        x = []
+        for m, shape in shapes.items():
+            mean, std = model.get_buffer(f"mean_{m}"), model.get_buffer(f"std_{m}")
+            # a column that never varied has an infinite deviation
+            noise = torch.randn(n, *shape, device=device).clamp(-4, 4)
+            x.append(mean + torch.where(std.isfinite(), std, 1.0) * noise)
+        return [tuple(x)]
 
     facts = {"system": "clap", "seed": state["seeds"][chosen], "checkpoint": folder.name, "features": state["features"]}
     said = f"projectors, seed {facts['seed']} of {folder} ({coverage})"
     if model.cfg.normalize:
-        said += f"; standardisation is folded in, but not the cut at {model.limit:g} deviations"
-    return Part(Projectors(maps), shapes, draw, None, facts, said, "unit vectors", whole)
+        said += f"; they standardise too, but do not cut embeddings beyond {model.limit:g} deviations as the run does"
+    return Part(Projectors(model, chosen).requires_grad_(False), shapes, draw, facts, said, gives="unit vectors")
 
 
-ALL = ("torchscript", "torch_export", "safetensors")
 SYSTEMS: dict[str, tuple[Callable[[Path, dict[str, Any], Config, torch.device], Part], tuple[str, ...]]] = {
-    "mosei": (_mosei, ALL), "clap": (_clap, ("projectors",)),
-}  # fmt: skip
+    "mosei": (_mosei, ("torchscript", "torch_export", "safetensors")),
+    "clap": (_clap, ("projectors",)),
+}
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -263,18 +264,43 @@ def _write_safetensors(part: Part, path: Path) -> None:
 
 
 def _read_safetensors(part: Part, path: Path) -> Callable[..., Tensor]:
+    assert part.load is not None
     return part.load(path, read_json(path / FACTS))
+
+
+def _write_projectors(part: Part, path: Path) -> None:
+    maps = part.model.linear()
+    if path.suffix == ".safetensors":
+        tensors = {f"{m}_proj.{name}": value for m, one in maps.items() for name, value in one.items()}
+        path.write_bytes(save(tensors, {FACTS: json.dumps(part.facts)}))
+    else:
+        torch.save({f"{m}_proj": one for m, one in maps.items()}, path)
+
+
+def _read_projectors(part: Part, path: Path) -> Callable[..., Tensor]:
+    from model.clap import original_projectors
+
+    maps = original_projectors(path)
+
+    def project(audio: Tensor, text: Tensor) -> Tensor:
+        both = ((maps["audio"], audio.cpu()), (maps["text"], text.cpu()))
+        made = torch.stack([F.normalize(F.linear(x, one["weight"], one["bias"]), dim=-1) for one, x in both])
+        return made.to(audio.device)
+
+    return project
 
 
 WRITERS: dict[str, Callable[[Part, Path], None]] = {
     "torchscript": _write_torchscript,
     "torch_export": _write_torch_export,
     "safetensors": _write_safetensors,
+    "projectors": _write_projectors,
 }
 READERS: dict[str, Callable[[Part, Path], Callable[..., Tensor]]] = {
     "torchscript": _read_torchscript,
     "torch_export": _read_torch_export,
     "safetensors": _read_safetensors,
+    "projectors": _read_projectors,
 }
 
 
@@ -290,6 +316,8 @@ def _target(cfg: Config, folder: Path) -> Path:
         raise UserError(f"--out: {out} is a {'file' if wants_folder else 'folder'}, {cfg.format} writes the other")
     if cfg.format == "torch_export" and out.suffix != ".pt2":
         raise UserError(f"--out: {out} must end in .pt2, which torch.export.load expects")
+    if cfg.format == "projectors" and out.suffix not in (".safetensors", ".pt"):
+        raise UserError(f"--out: {out} must end in .safetensors or .pt, which --clap-ckpt reads")
     return out
 
 
@@ -304,4 +332,6 @@ def _place(made: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--format")
     run(Config, main)

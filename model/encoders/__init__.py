@@ -26,6 +26,11 @@ ENCODERS = {  # module -> class
     "wav2vec2": "Wav2Vec2",
     "beats": "Beats",
     "bert": "Bert",
+    "vitmae": "VitMae",
+    "videomae": "VideoMae",
+    "eva": "Eva",
+    "clip": "Clip",
+    "siglip": "Siglip",
 }
 
 

@@ -15,7 +15,6 @@ from common.weights import find_weights, read_folder, read_json
 from model.encoders import Encoder, portable, sha256
 from model.encoders.transformer import (
     ACTIVATIONS,
-    DTYPES,
     Block,
     cast,
     hidden_states,
@@ -23,7 +22,7 @@ from model.encoders.transformer import (
     mix,
     read_config,
     read_layers,
-)  # fmt: skip
+)
 
 PREFIX = r"(?:(?:hubert|wav2vec2)\.)?"  # fine-tuned models put the network under its name
 CONVS, LAYERS = PREFIX + r"feature_extractor\.conv_layers\.(\d+)\.", PREFIX + r"encoder\.layers\.(\d+)\."
@@ -105,12 +104,13 @@ class Conv(nn.Module):
         self.act = ACTIVATIONS[config.feat_extract_activation]
 
     def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        x = self.conv(x)
+        x = self.conv(x.to(self.conv.weight.dtype))
         if isinstance(self.norm, nn.LayerNorm):
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+            x = self.norm(x.transpose(1, 2).float()).transpose(1, 2)
         elif self.norm is not None and counts is None:
-            x = self.norm(x)
+            x = self.norm(x.float())
         elif self.norm is not None and counts is not None:
+            x = x.float()
             for i, count in enumerate(counts.tolist()):  # what follows a clip must not count in its mean and variance
                 x[i, :, :count] = self.norm(x[i : i + 1, :, :count])[0]
         return self.act(x)
@@ -161,7 +161,6 @@ class SpeechNet(nn.Module):
         """Hidden states of clips that have so many samples (B,), or all of x; a frame after a clip's last is noise."""
         x = F.pad(x, (0, max(self.window - x.shape[1], 0)))[:, None]
         counts = [None] * len(self.convs) if samples is None else self.counts(samples)
-        x = x.to(self.convs[0].get_parameter("conv.weight").dtype)
         for conv, count in zip(self.convs, counts, strict=True):
             x = conv(x, count)
         norm, linear = self.project
@@ -212,7 +211,7 @@ class Speech(Encoder):
             self.net = SpeechNet(config)
         self.coverage = load_renamed(self.net, fold_weight_norm(read_folder(found)), RULES, found, HEADS)
         cast(self.net, dtype, self.name)
-        self.net.convs.to(DTYPES[dtype])  # their norms too: in fp32 they would double the largest tensors there are
+        self.net.convs[0].float()  # for norms make what rounding adds to a waveform as loud as its quiet bands
         self.preprocessing = f"{self.name}: 16 kHz" + (", zero mean and unit variance a clip" * self.normalize)
         self.weights_sha256 = sha256(found, "config.json", "preprocessor_config.json")
 

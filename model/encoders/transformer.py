@@ -18,13 +18,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
+ALL = (True, True, True, True)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Attention(nn.Module):
     """Multi-head attention of x (B, T, D) on itself; `biases` says which of q, k, v and out have one."""
 
-    def __init__(self, width: int, heads: int, biases: tuple[bool, bool, bool, bool] = (True,) * 4) -> None:
+    def __init__(self, width: int, heads: int, biases: tuple[bool, bool, bool, bool] = ALL) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=bias) for bias in biases)
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
     def __init__(
         self, width: int, heads: int, inner: int, eps: float, act: str = "gelu", pre: bool = True,
-        biases: tuple[bool, bool, bool, bool] = (True,) * 4, alpha: float = 1.0,
+        biases: tuple[bool, bool, bool, bool] = ALL, alpha: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.pre, self.alpha, self.act = pre, alpha, ACTIVATIONS[act]
@@ -87,6 +88,8 @@ def read_layers(given: str, last: int, where: str) -> tuple[range, float]:
     """Which hidden states up to number `last` an option names, and what each counts for in their sum."""
     if match := re.fullmatch(r"(\d+)(?:-(\d+))?", given):
         first, end, mean = int(match[1]), int(match[2] or match[1]), True
+    elif match := re.fullmatch(r"-(\d+)", given):
+        first, end, mean = last + 1 - int(match[1]), last + 1 - int(match[1]), True
     else:
         first, end, mean = {"last": last, "last4": last - 3}.get(given, -1), last, False
     if not 0 <= first <= end <= last:
@@ -117,9 +120,16 @@ def cast(module: nn.Module, dtype: str, where: str) -> None:
             part.to(DTYPES[dtype])
 
 
-def read_config(file: Path, kind: str, names: Iterable[str], allowed: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """What a config.json of transformers gives of `names`. UserError: another kind of model, or not in `allowed`."""
+def read_config(
+    file: Path, kind: str, names: Iterable[str], allowed: Mapping[str, Sequence[Any]], part: str | None = None
+) -> dict[str, Any]:
+    """What a config.json of transformers gives of `names`, in its `part` if it has that one.
+
+    UserError: another kind of model, or not in `allowed`.
+    """
     given = read_json(file)
+    if part is not None and isinstance(given.get(part), dict):
+        given = given[part]
     check_config(file, given, {"model_type": (kind,), **allowed})
     fields = {name: given[name] for name in names if given.get(name) is not None}
     width, heads = fields.get("hidden_size", 0), fields.get("num_attention_heads", 1)

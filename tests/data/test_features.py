@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from common.config import UserError
-from data.features import FeatureStore, NpyFolder, StoreWriter, decode_clip, encode_clip, open_features
+from data.features import FeatureStore, Memory, NpyFolder, StoreWriter, decode_clip, encode_clip, open_features
 from data.manifest import Clip
 from data.media import NoAudio, NoText, NoVideo
 
@@ -37,11 +37,22 @@ def test_fixed_rows_over_several_shards(tmp_path):
     store = FeatureStore(tmp_path / "s")
     assert store.ids == list(rows)
     assert (len(store), store.dim, store.info["encoder"]) == (7, 3, "toy")
+    assert not {"ids", "shards"} & set(store.info)  # it goes into checkpoints
     assert all(torch.equal(store[id], row) for id, row in rows.items())
     assert "clip 6" in store
     assert "clip 7" not in store
     with safe_open(tmp_path / "s/shard-000-00000.safetensors", "pt") as file:
         assert file.get_tensor("rows").shape == (3, 3)
+
+
+def test_features_at_hand():
+    frames, ids = {"a": torch.ones(2, 3), "b": torch.zeros(3)}, {"a": torch.arange(4), "b": torch.arange(0)}
+    for values, kind, shapes in ((frames, "dense", [(2, 3), (1, 3)]), (ids, "ids", [(4,), (0,)])):
+        store = Memory(values, 3, kind)
+        parts, lengths = store.take(["a", "b"])
+        assert [tuple(part.shape) for part in parts] == shapes
+        assert lengths == [shape[0] for shape in shapes]
+        assert (store.dim, store.info["kind"], "c" in store) == (3, kind, False)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])

@@ -78,3 +78,16 @@ def test_gradients_are_the_same_twice_and_reach_only_what_was_read():
         read = torch.zeros(BUCKETS, dtype=torch.bool)
         read[ids[i][mask[i]]] = True
         assert torch.equal(grads[0][i].abs().sum(-1) > 0, read)
+
+
+def test_evenly_counts_grow_by_their_logarithm_and_rare_n_grams_weigh_the_same():
+    bag, (ids, mask) = build(), texts()
+    bag.evenly()
+    bag.set_texts(torch.arange(BUCKETS))
+    assert bool((bag.weight == 1).all())
+    expected = bag.bias[0].expand(5, -1).clone()
+    for row, (text, there) in enumerate(zip(ids[0], mask[0], strict=True)):
+        grams, times = text[there].unique(return_counts=True)
+        scale = max(int(there.sum()), 1) ** -POWER
+        expected[row] += ((1 + times.double().log()) * scale) @ bag.table[0, grams]
+    torch.testing.assert_close(bag(ids, mask)[0], expected, rtol=1e-6, atol=1e-8)  # weights were float32

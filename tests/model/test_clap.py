@@ -124,6 +124,16 @@ def test_what_is_fixed_before_training():
         assert [texts.tolist() for texts in seen] == [[0, 2, 0, 0, 2, 0, 0, 1, 0]]
 
 
+def test_one_scale_keeps_the_shape_of_a_spectrum():
+    parts = sources({"audio": 3, "stats": 3}, audio={"frames": True})
+    model = Clap(ClapConfig(proj_dim=WIDTH, one_scale=True), parts, (1,))
+    x = torch.randn(200, 3) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([4.0, 5.0, 9.0])
+    for m in parts:
+        model.learn_statistics(m, torch.cat([x, torch.zeros(1, 3)]), torch.arange(200)[:, None])
+    close(model.standardize("audio", x)[0], (x - x.mean()) / x.std(correction=0), 1e-5)
+    close(model.standardize("stats", x)[0], (x - x.mean(0)) / x.std(0, correction=0), 1e-5)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_are_standardised_by_the_train_split(normalize):
     model = build(normalize=normalize)

@@ -9,7 +9,7 @@ K, B, REACH, CLASSES = 2, 4, 3, 5
 
 
 def build(k=K):
-    turns = Turns(k, CLASSES, REACH).double()
+    turns = Turns(k, CLASSES, REACH).double().eval()
     turns.maps.data.normal_(generator=torch.Generator().manual_seed(1))
     return turns
 
@@ -52,3 +52,13 @@ def test_seeds_do_not_mix_and_previous_utterances_are_not_trained_through():
     assert turns.maps.grad is not None
     assert turns.maps.grad[0].any()
     assert not turns.maps.grad[1].any()
+
+
+def test_training_leaves_them_out_of_half_of_the_utterances():
+    turns = build(1).train()
+    torch.manual_seed(3)
+    n = 400
+    logits, previous = torch.zeros(1, n, CLASSES).double(), torch.randn(1, n, REACH, CLASSES).double()
+    there = torch.ones(1, n, REACH, dtype=torch.bool)
+    moved = (turns(logits, previous, there, there) != 0).any(-1)
+    assert 0.4 < moved.double().mean() < 0.6

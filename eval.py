@@ -108,7 +108,7 @@ def place(cfg: Config, folder: Path, bench: str) -> Path:
 
 def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
     """The report of train_mosei.py again, on the test split of its data or of another set's."""
-    model, coverage = fusion.load(folder, state, here.device)
+    model, coverage = fusion.load(folder, state)
     say(f"{folder}: {coverage}")
     made = state["config"]
     root = cfg.data_root or cfg.manifest or made["data_root"]
@@ -118,6 +118,7 @@ def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ra
         sentiment.standardize(data, model, cfg.streams)
     if not len(splits["test"]):
         raise UserError(f"{root}: no test utterances")
+    model.to(here.device)  # not before: it has standardised the data
     splits = {name: data.to(here.device) for name, data in splits.items()}
     report, logits = sentiment.report(model, splits, made["label_scheme"], say)
     out = place(cfg, folder, "mosei")
@@ -127,12 +128,12 @@ def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ra
 
 def score_clap(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
     """Retrieval among the test pairs of train_clap.py's data or of another set's."""
-    model, coverage = clap.load(folder, state, here.device)
+    model, coverage = clap.load(folder, state)
     say(f"{folder}: {coverage}")
     splits = pairs.reopen(state, moved(cfg), [], say)
     test = splits["test"]
     test.standardize(model.dense, model.standardize)
-    found = retrieval.report(model, test.to(here.device), "test")
+    found = retrieval.report(model.to(here.device), test.to(here.device), "test")
     out = place(cfg, folder, "clap")
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(found, indent=1))
@@ -141,11 +142,12 @@ def score_clap(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Rank
 
 def score_slm(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
     """The report of train_slm.py again, on the test split of its data or of another set's."""
-    model, coverage = slm.load(folder, state, here.device)
+    model, coverage = slm.load(folder, state)
     say(f"{folder}: {coverage}")
     splits = pairs.reopen(state, moved(cfg), state["labels"], say)
     for part in splits.values():
         part.standardize(model.clap.dense, model.clap.standardize)
+    model.to(here.device)
     splits = {name: part.to(here.device) for name, part in splits.items()}
     note = "sound standardised by all clips of its speaker" if state["config"]["data"]["speaker_norm"] else ""
     found, logits = speech.report(model, splits, state["labels"], len(state["seeds"]), "test", say, note)
@@ -156,7 +158,7 @@ def score_slm(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks
 
 def score_meld(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:
     """The report of meld_train.py again; what its encoders made of MELD is kept and used again."""
-    model, coverage = meld.load(folder, state, here.device)
+    model, coverage = meld.load(folder, state)
     say(f"{folder}: {coverage}")
     source = from_dict(MeldSource, state["config"]["data"])
     source.data_root = cfg.data_root or source.data_root
@@ -169,6 +171,7 @@ def score_meld(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Rank
     splits = {name: pairs.load(part, opened, state["labels"], source.pairs(), context) for name, part in clips.items()}
     for part in splits.values():
         part.standardize(model.fronts.dense, model.fronts.standardize)
+    model.to(here.device)
     splits = {name: part.to(here.device) for name, part in splits.items()}
     found, logits = speech.report(
         model, splits, state["labels"], len(state["seeds"]), "test", say, given=known(model, splits["test"])

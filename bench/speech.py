@@ -8,7 +8,9 @@ DataLoader    the same steps on batches of a Dataset of one dict of tensors a cl
               processes live on between epochs, for these are shorter than those of whole data sets
 floor         forward, loss, backward, clipping and AdamW on one batch that never changes: no data path can beat it
 overhead      (epoch - floor) / epoch; on a CPU it may be smaller than the noise of either
-loop          what lies in the same epochs between an optimiser's step and the next forward, by the clock
+loop          what lies in the same epochs between an optimiser's step and the next forward, by the clock, less what
+              lies there in the floor's: the same overhead without that noise, and without what it does to the model's
+              own time
 
 $ python bench/speech.py
 """
@@ -92,7 +94,7 @@ class Clock:
         return 1000 * sum(b - a for a, b in pairs)
 
     def of(self, epoch: Callable[[], object], steps: int) -> tuple[float, float]:
-        """ms a step of an epoch, and of its loop."""
+        """ms a step of an epoch, and of it what no forward, backward or optimiser takes."""
         self.wait()
         self.marks.clear()
         began = time.perf_counter()
@@ -170,8 +172,9 @@ class Loop:
         """Steps on one batch."""
         index = torch.arange(self.cfg.batch_size, device=self.here.device)[None]
         x, mask = self.data.gather(index)
+        y = self.labels[index]
         for _ in range(steps):
-            self.update(x, mask, self.labels[index])
+            self.update(x, mask, y)
 
 
 class SlmLoop(Loop):
@@ -200,7 +203,9 @@ class ClapLoop(Loop):
     def __init__(self, data: Pairs, batch: int, precision: str = "fp32") -> None:
         sources = sources_of(data)
         model = Clap(ClapConfig(proj_dim=sources["text"]["dim"]), sources, [0])
-        super().__init__(model, train_clap.Config(batch_size=batch, precision=precision), data, data.script)
+        # the rate of every step is the same, as the other variants have it
+        cfg = train_clap.Config(batch_size=batch, precision=precision, warmup_steps=0, schedule="constant")
+        super().__init__(model, cfg, data, data.script)
 
     def train_epoch(self, order: Tensor) -> list[Tensor]:
         return train_clap.train_epoch(
@@ -260,7 +265,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def alternate(variants: dict[str, tuple[Loop, Callable[[int], object]]], repeats: int) -> Times:
-    """ms a step of each variant's epoch and loop in each round; the order turns round every time."""
+    """What the clock says of each variant's epoch in each round; the order turns round every time."""
     times: Times = {name: [] for name in variants}
     for loop, epoch in variants.values():
         epoch(min(WARM, loop.steps))
@@ -287,13 +292,14 @@ def measure(kind: Callable[[Pairs, int, str], Loop], data: Pairs, batch: int, pr
 def rows(times: Times) -> list[str]:
     """A line of the table for each variant: median (least to most) over rounds."""
     lines = []
-    floor, ours = times.pop("floor"), times["ours"]
-    for name, each in {"floor": floor, **times}.items():
-        columns = [[whole for whole, _ in each], *[[]] * 5]
+    for name, each in times.items():
+        columns: list[list[float]] = [[whole for whole, _ in each], *([] for _ in COLUMNS[1:])]
         if name != "floor":
-            columns[1] = [(whole - least) / whole for (whole, _), (least, _) in zip(each, floor, strict=True)]
-            columns[2:4] = [loop for _, loop in each], [loop / whole for whole, loop in each]
-            columns[4:] = ([x[i] / y[i] for x, y in zip(each, ours, strict=True)] for i in range(2))
+            for (whole, rest), (least, none), (ours, own) in zip(each, times["floor"], times["ours"], strict=True):
+                loop = rest - none
+                values = (whole - least) / whole, loop, loop / whole, whole / ours, loop / (own - none)
+                for column, value in zip(columns[1:], values, strict=True):
+                    column.append(value)
         lines.append(f"| {name} | {' | '.join(map(spread, columns))} |")
     return lines
 

@@ -388,9 +388,10 @@ def test_words_alone_are_embedded_once(words, tmp_path, capsys):
 
 
 def test_words_alone_on_a_classifier_of_sound_and_words(small, words, series, tmp_path, capsys):
-    argv = [*small, "--data-root", words, "--stores", f"text={series / 'text'}", "--epochs", 1, "--out", tmp_path]
-    assert train(argv) == 0
-    assert " test utterances, text; mode A, " in capsys.readouterr().out
+    argv = [*small, "--data-root", words, "--stores", f"text={series / 'text'}", "--out", tmp_path]
+    for epochs, resume in ((1, []), (2, ["--resume"])):
+        assert train([*argv, "--epochs", epochs, *resume]) == 0
+        assert " test utterances, text; mode A, " in capsys.readouterr().out
     assert torch.tensor(losses(tmp_path)).isfinite().all()
 
 

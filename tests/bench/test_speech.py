@@ -1,0 +1,97 @@
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import speech as bench
+from common import config
+
+ROOT = Path(bench.__file__).parents[1]
+TINY = ["--dim", "16", "--slm-rows", "48", "--clap-rows", "48", "--slm-batch", "16", "8", "--clap-batch", "24",
+        "--repeats", "2", "--num-workers", "0", "--device", "cpu"]  # fmt: skip
+KINDS = pytest.mark.parametrize("kind", [bench.SlmLoop, bench.ClapLoop])
+
+
+def tables(text):
+    """{heading: {variant: {column: number}}} of what a run prints; an empty cell is left out."""
+    found = {}
+    for part in text.split("\n\n")[2:]:
+        (name, *columns), _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines())
+        found[name] = {
+            line[0]: {c: float(v.split()[0]) for c, v in zip(columns, line[1:], strict=True) if v} for line in lines
+        }
+    return found
+
+
+def test_every_variant_of_every_size_is_measured(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "speech.py"), *TINY, "--no-write"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = tables(done.stdout.rstrip())
+    assert list(found) == [
+        "SLM, batch 16, 3 steps, fp32", "SLM, batch 8, 6 steps, fp32", "CLAP, batch 24, 2 steps, fp32"
+    ]  # fmt: skip
+    for table in found.values():
+        assert table["floor"]["ms a step"] > 0
+        for name in ("ours", "DataLoader, 0 workers"):
+            assert set(table[name]) == set(bench.COLUMNS)
+            assert all(map(math.isfinite, table[name].values()))
+        assert table["ours"]["epoch, times ours"] == table["ours"]["loop, times ours"] == 1
+
+
+def test_results_are_appended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text("# Before\n")
+    bench.main(config.load(bench.Config, TINY))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Before\n\n## bench/speech.py, ")
+    assert text.removeprefix("# Before\n\n") == capsys.readouterr().out.removesuffix("\n")
+
+
+@KINDS
+def test_the_variants_see_the_same_rows_and_give_the_same_losses(kind):
+    """Dropout and hidden modalities included."""
+    seen, losses, weights = [], [], []
+    for peer in (False, True):
+        loop = kind(bench.random_pairs(50, 16), 16)
+        loop.model.register_forward_pre_hook(lambda _, args: seen.append(torch.cat(list(args[0].values()), -1)))
+        epoch = partial(loop.loader, bench.loader(loop, 0)) if peer else loop.ours
+        torch.manual_seed(0)
+        losses.append(epoch(loop.steps))
+        weights.append(loop.flat.values)
+    assert len(seen) == 6  # the last two rows fill no step
+    every = torch.cat([part.values for part in bench.random_pairs(50, 16).parts.values()], 1)
+    assert torch.equal(torch.cat(seen[:3], 1)[0, :, 0], every[bench.shuffled(50, [0], 0)[0, :48]])
+    for ours, theirs in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(ours, theirs)
+    for both in (losses, weights):
+        torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
+@KINDS
+def test_the_clock_runs_from_forward_to_optimiser(kind):
+    loop = kind(bench.random_pairs(48, 16), 16)
+    whole, rest = loop.clock.of(partial(loop.ours, 3), 3)
+    assert len(loop.clock.marks) == 6
+    assert 0 < rest < whole
+    assert rest == pytest.approx(whole - loop.clock.ms() / 3)
+
+
+def test_lines_of_the_table():
+    times = {"floor": [(8.0, 1.0)], "ours": [(10.0, 2.0)], "DataLoader, 0 workers": [(20.0, 5.0)]}
+    assert [line.split("|")[2:-1] for line in bench.rows(times)] == [
+        [" 8 (8 to 8) ", *["  "] * 5],
+        [" 10 (10 to 10) ", " 0.2 (0.2 to 0.2) ", " 1 (1 to 1) ", " 0.1 (0.1 to 0.1) ", *[" 1 (1 to 1) "] * 2],
+        [" 20 (20 to 20) ", " 0.6 (0.6 to 0.6) ", " 4 (4 to 4) ", " 0.2 (0.2 to 0.2) ", " 2 (2 to 2) ", " 4 (4 to 4) "],
+    ]
+
+
+def test_a_step_of_more_clips_than_there_are(capsys):
+    with pytest.raises(config.UserError, match="48 clips are less than a step of 64"):
+        bench.main(config.load(bench.Config, [*TINY, "--slm-batch", "64", "--no-write"]))

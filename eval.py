@@ -64,6 +64,9 @@ def main(cfg: Config) -> None:
     if system in OTHERS:
         if cfg.bench not in (None, system):
             raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
+        for name in READ["llm"]:
+            if name not in READ[system] and getattr(cfg, name):
+                raise UserError(f"--{name.replace('_', '-')}: not read for a checkpoint of {system}")
         return OTHERS[system](cfg, folder, state, here, say) if here.main else None
     if cfg.bench in OTHERS:
         raise UserError(f"--bench {cfg.bench}: this checkpoint is a language model's (benchmarks: mer2023, clips)")
@@ -186,6 +189,14 @@ def moved(cfg: Config) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in ("data_root", "manifest", "fold") if getattr(cfg, name)}
 
 
+# options that say what to evaluate on, by kind of checkpoint
+READ = {
+    "llm": ("llm", "data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "limit"),
+    "mosei": ("data_root", "manifest", "streams"),
+    "clap": ("data_root", "manifest", "fold"),
+    "slm": ("data_root", "manifest", "fold"),
+    "meld": ("data_root", "features_root"),
+}
 OTHERS: dict[str | None, Callable] = {"mosei": score_fusion, "clap": score_clap, "slm": score_slm, "meld": score_meld}
 
 

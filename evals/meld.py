@@ -1,5 +1,7 @@
 """MELD opened for stage 4: its lists, and features that are there or that frozen encoders make once."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +67,8 @@ def stores(
             found = {m: store for m, store in found.items() if m in made}
         for m in [m for m in found if m in made]:
             _same(m, found[m].info, made[m])
+        if "audio" in found and "stats" in made and "stats" not in found:
+            raise UserError(f"{root}: the model reads stats beside audio: --stores stats=FOLDER")
         if not found:
             raise UserError(f"{root}: its stores have nothing of what the model reads ({', '.join(made)})")
         return found
@@ -78,7 +82,7 @@ def stores(
                 raise UserError(f"--encoders {m}={encoder.name}: {cfg.data_root} holds no clips")
             say(f"{cfg.data_root} holds no clips: only words are read")
             continue
-        folder = Path(cfg.features_root, f"{encoder.name}-{pooling}")
+        folder = Path(cfg.features_root, f"{encoder.name}-{pooling}-{_fingerprint(cfg.data_root, encoder.info(pooling))}")
         store = extract(clips, encoder, pooling, folder, here, workers=workers, say=say)
         if store is None:
             raise SystemExit(0)  # asked to stop; what is made is kept
@@ -123,6 +127,11 @@ def _encoder(modality: str, info: dict[str, Any]) -> tuple[Any, str]:
     if encoder.modality != OWNER[modality]:
         raise UserError(f"--encoders {modality}={name}: {name} reads {encoder.modality}")
     return encoder, pooling
+
+
+def _fingerprint(root: str | None, info: dict[str, Any]) -> str:
+    """What tells features of this copy of MELD, made in this way, from others: all copies share their ids."""
+    return hashlib.sha256(json.dumps([str(Path(str(root)).resolve()), info], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _same(modality: str, here: dict[str, Any], there: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from unittest import mock
@@ -376,15 +377,40 @@ def test_words_alone_are_embedded_once(words, tmp_path, capsys):
     assert train([*argv, "--context", 2, "--seeds", 2, "--out", tmp_path / "one"]) == 0
     said = capsys.readouterr().out
     assert f"{words}: no clips, only words" in said
-    assert f"{kept}/hashtext-ids: 109 clips, width 65536, " in said
+    assert re.search(rf"{kept}/hashtext-ids-\w{{8}}: 109 clips, width 65536, ", said)
     assert "61 train, 24 valid, 24 test utterances, text; mode A, " in said
     found = results(tmp_path / "one")
     assert set(found["test"]["scores"]) == {"text"}
     assert found["features"]["text"]["encoder"] == "hashtext"
     assert train([*argv, "--epochs", 2, "--out", tmp_path / "one", "--resume"]) == 0
-    assert f"{kept}/hashtext-ids: 109 clips, width 65536, complete" in capsys.readouterr().out
+    assert re.search(rf"{kept}/hashtext-ids-\w{{8}}: 109 clips, width 65536, complete", capsys.readouterr().out)
     assert train([*argv, "--encoders", "text=hashtext:counts", "--out", tmp_path / "two"]) == 0
-    assert f"{kept}/hashtext-counts: 109 clips, width 1024, " in capsys.readouterr().out
+    assert re.search(rf"{kept}/hashtext-counts-\w{{8}}: 109 clips, width 1024, ", capsys.readouterr().out)
+
+
+def test_a_table_of_words_with_an_optimiser_of_its_own(words, tmp_path):
+    table = ["--hidden-dim", 0, "--table-lr", 0.2, "--table-eps", 0.03, "--table-decay", 0.02, "--schedule", "linear"]
+    argv = [
+        "--data-root",
+        words,
+        "--features-root",
+        tmp_path / "features",
+        *SMALL,
+        *table,
+        "--seeds",
+        2,
+        "--context",
+        1,
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train([*argv, "--epochs", 3, "--lr", 0.01, "--out", one]) == 0
+    assert tensors(one)["backbone.fronts.text.table"].shape == (2, 65536, 7)
+    assert results(one)["history"][-1]["Train/Loss"] < results(one)["history"][0]["Train/Loss"]
+    shutil.copytree(one, two, symlinks=True)
+    argv = ["--out", two, "--resume", two / "checkpoints" / "epoch_001"]
+    assert train(argv) == 0
+    for name in ("last", "best"):
+        assert weights(two, name) == weights(one, name)
 
 
 def test_words_alone_on_a_classifier_of_sound_and_words(small, words, series, tmp_path, capsys):

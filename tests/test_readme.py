@@ -69,9 +69,11 @@ def test_a_mistake_is_answered_as_shown(mistake, monkeypatch, capsys):
 def test_flags_in_the_text_are_options():
     """`--flag` or `--flag VALUE` between backticks belongs to one of the scripts."""
     known = {"help", "cfg", "cfg_path"}
-    for name in ("train_llm", "train_mosei", "eval", "predict", "extract", "tools.download_mosei", "tools.export"):
+    names = ["train_llm", "train_mosei", "train_clap", "train_slm", "meld_train", "eval", "predict", "extract"]
+    for name in [*names, "tools.download_mosei", "tools.export", "data.gottalent"]:
         known |= set(config.Schema(importlib.import_module(name).Config).names)
-    spans = [span for span in re.findall(r"`([^`\n]+)`", README) if not re.match("hf |pip |tensorboard ", span)]
+    others = "hf |pip |tensorboard |torchrun --standalone"
+    spans = [span for span in re.findall(r"`([^`\n]+)`", README) if not re.match(others, span)]
     quoted = [flag for span in spans for flag in re.findall(r"(?<![\w-])--([\w.-]+)", span)]
     assert len(quoted) > 30
     assert {flag for flag in quoted if flag.replace("-", "_").removeprefix("no_") not in known} == set()
@@ -94,7 +96,8 @@ def test_what_it_names_exists():
     assert links
     assert named
     # the guides' own files have no place here
-    theirs = {"first_face.py", "eval_emotion_EMER.py"}
+    theirs = {"first_face.py", "eval_emotion_EMER.py", "clap_train.py", "export_projectors.py", "meld_train_slm.py"}
+    theirs |= {f"eval_stage{n}.py" for n in (2, 3, 4)}
     assert [path for path in {*links, *named} - theirs if not (ROOT / path).exists()] == []
 
 

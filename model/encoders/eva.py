@@ -41,13 +41,14 @@ class Eva(Vit):
     def locate(self, folder: str) -> Path:
         """The file, or a folder that holds it."""
         try:
-            return locate(folder, f"{self.name} weights")
+            place = locate(folder, f"{self.name} weights")
         except UserError as error:
             raise UserError(f"{error}; they are published at {URL}") from None
+        return place / FILE if (place / FILE).is_file() else place
 
     def read(self, place: Path) -> tuple[VitConfig, dict[str, Tensor]]:
         """Shape and tensors, with positions for pictures of image_size."""
-        file, tensors = read_authors(place / FILE if (place / FILE).is_file() else place)
+        file, tensors = read_authors(place)
         size = self.options["image_size"]
         config = replace(self.shape, **authors_shape(tensors, HEAD) | {"num_hidden_layers": DEPTH, "image_size": size})
         if config.hidden_size % HEAD:

@@ -4,6 +4,7 @@ from model.encoders.speech import Speech
 
 
 class Hubert(Speech):
-    __doc__ = Speech.__doc__
+    """HuBERT; what it reads and its options are those of Speech."""
+
     name = "hubert"
     hub = "TencentGameMate/chinese-hubert-large"  # whose mean over time is MER2023's voice; English: facebook/hubert-*

@@ -44,6 +44,10 @@ HEADS = (
     r"(?:lm_head|projector|classifier|quantizer|project_q|project_hid)\..*",
     r"layer_weights",
 )
+WEIGHT_NORMS = (
+    (".weight_g", ".weight_v"),
+    (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
+)
 
 
 @dataclass
@@ -177,7 +181,7 @@ class SpeechNet(nn.Module):
 def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with every pair of gain and direction, under either of torch's names for them, as one weight."""
     found = dict(tensors)
-    for gain, direction in ((".weight_g", ".weight_v"), *((f".parametrizations.weight.original{i}" for i in "01"),)):
+    for gain, direction in WEIGHT_NORMS:
         for stem in [name.removesuffix(gain) for name in found if name.endswith(gain)]:
             if stem + direction in found:
                 g, v = found.pop(stem + gain).float(), found.pop(stem + direction).float()

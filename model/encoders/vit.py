@@ -77,7 +77,7 @@ class VitConfig:
     use_mean_pooling: bool = False  # of tokens without a final norm, by a classifier
     class_token: bool = True
     patch_bias: bool = True
-    biases: tuple[bool, bool, bool, bool] = (True, True, True, True)  # of queries, keys, values and what attention gives
+    biases: tuple[bool, bool, bool, bool] = (True, True, True, True)  # of queries, keys, values and output
     learned: bool = True  # whether the file holds the positions; if not they are waves
 
     @property
@@ -146,9 +146,8 @@ def read_authors(place: Path, start: str = "") -> tuple[Path, dict[str, Tensor]]
             raise UserError(f"{files[0]}: not laid out as its authors' file: no {name} in {first}, ...")
     found = {}
     for name, tensor in flat(tensors).items():
-        stem, fused, leaf = name.rpartition(".qkv.")
-        parts = zip("qkv", tensor.chunk(3), strict=False) if fused else ()
-        found |= {f"{stem}.{part}.{leaf}": each for part, each in parts} if fused else {name: tensor}
+        names = [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
+        found |= zip(names, tensor.chunk(len(names)), strict=False)
     return files[0], found
 
 
@@ -191,9 +190,9 @@ class Vit(Encoder):
     part: str | None = None  # of config.json, in a model of more than pictures
     rules: tuple[tuple[str, str], ...] = VIT
     unused: tuple[str, ...] = ()
-    statistics: str
-    resizing: str
+    resizing: str  # a function of pictures
     mode = "bicubic"
+    statistics: str
 
     def __init__(self, folder: str, layer: str, dtype: str, **own: Any) -> None:
         place = self.locate(folder)
@@ -236,11 +235,8 @@ class Vit(Encoder):
 
     def prepare(self, x: Tensor) -> Tensor:
         """Frames (n, H, W, 3) uint8 -> (n, 3, S, S) as the model was trained on them."""
-        return pictures.scale(self.resize(x.permute(0, 3, 1, 2)), self.statistics)
-
-    def resize(self, x: Tensor) -> Tensor:
-        """Frames (n, 3, H, W) -> (n, 3, S, S), as `resizing` says."""
-        return getattr(pictures, self.resizing)(x, self.size, self.mode)
+        resize = getattr(pictures, self.resizing)
+        return pictures.scale(resize(x.permute(0, 3, 1, 2), self.size, self.mode), self.statistics)
 
     def lengths(self, frames: Tensor) -> Tensor:
         """Rows of clips that have so many frames."""

@@ -4,6 +4,7 @@ from model.encoders.speech import Speech
 
 
 class Wav2Vec2(Speech):
-    __doc__ = Speech.__doc__
+    """wav2vec 2.0; what it reads and its options are those of Speech."""
+
     name = "wav2vec2"
     hub = "facebook/wav2vec2-base"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.config import UserError
-from common.weights import find_weights, full_sha256, identity, load_strict, read_tensors, tensor_files
+from common.weights import find_weights, full_sha256, identity, load_strict, read_folder, read_tensors, tensor_files
 
 
 @pytest.fixture
@@ -109,6 +109,21 @@ def test_load_strict_mismatch(tmp_path, tensors, message):
         load_strict(linear, tmp_path)
     assert str(error.value) == f"{tmp_path}: {message}"
     assert torch.equal(linear.weight, before)
+
+
+def test_read_folder_takes_pytorch_files_where_there_are_no_safetensors(tmp_path):
+    with pytest.raises(UserError, match=r"no model.safetensors and no pytorch_model.bin, nor an index of either$"):
+        read_folder(tmp_path)
+    torch.save({"a": torch.ones(1)}, tmp_path / "one.bin")
+    torch.save({"b": torch.ones(2)}, tmp_path / "two.bin")
+    index = {"weight_map": {"a": "one.bin", "b": "two.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert sorted(read_folder(tmp_path)) == ["a", "b"]
+    (tmp_path / "two.bin").unlink()
+    with pytest.raises(UserError, match=r"two.bin: missing, but pytorch_model.bin.index.json names it$"):
+        read_folder(tmp_path)
+    save_file({"c": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert list(read_folder(tmp_path)) == ["c"]
 
 
 def test_tensor_files_errors(tmp_path):

@@ -1,5 +1,6 @@
 """MELD's features at hand, or made once by frozen encoders; what is known of a frozen classifier before training."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_words_are_encoded_once_and_kept(words, opened, encoded, tmp_path, pooli
     every = load_meld(words, lambda _: None)
     assert encoded == [clip.text for clip in every]
     store = first.found["text"]
-    assert store.folder == tmp_path / "features" / f"hashtext-{pooling or 'ids'}"
+    assert [store.folder] == [*(tmp_path / "features").glob(f"hashtext-{pooling or 'ids'}-*")]
     for clip in every:
         assert torch.equal(store[clip.id], hashtext.HashText().encode(clip.text, pooling or "ids"))
     encoded.clear()
@@ -150,6 +151,14 @@ def test_words_are_encoded_once_and_kept(words, opened, encoded, tmp_path, pooli
     assert not encoded
     assert again.said == [f"{store.folder}: {len(every)} clips, width {store.dim}, complete"]
     assert again.found["text"].ids == store.ids
+
+
+def test_another_copy_with_other_words_is_embedded_anew(words, opened, encoded, tmp_path):
+    opened(words)
+    encoded.clear()
+    other = shutil.copytree(words, tmp_path / "other")
+    opened(other)
+    assert len(encoded) == 22
 
 
 def test_some_rows_first_and_the_rest_later(words, opened, encoded):

@@ -326,6 +326,27 @@ def test_mode_b_has_nothing_to_read_without_stage_3():
         Meld(MeldConfig(mode="B"), sources(), LABELS, (3,))
 
 
+def test_hashed_words_speak_for_classes_themselves():
+    """Without a hidden layer every n-gram has a weight for every class, and there is nothing else."""
+    parts = {"text": {"dim": 40, "kind": "ids", "frames": True}}
+    cfg = MeldConfig(hidden_dim=0, dropout=0.5)
+    model = Meld(cfg, parts, LABELS, (3, 4)).train()
+    assert sum(p[0].numel() for p in model.parameters()) == 41 * LABELS
+    x = {"text": torch.randint(40, (1, 5, 8), dtype=torch.int32).expand(2, -1, -1)}
+    mask = {"text": torch.arange(8) < torch.tensor([8, 5, 3, 1, 0])[:, None].expand(2, 5, 1)}
+    out = model(x, mask)
+    assert torch.equal(out, model(x, mask))  # no dropout
+    close(out[:, :4], model.fronts.vectors(x, mask)["text"][:, :4])
+    assert not out[:, 4].any()  # no words, no opinion
+    for k, seed in enumerate((3, 4)):
+        alone = Meld(cfg, parts, LABELS, (seed,))
+        close(alone({"text": x["text"][:1]}, {"text": mask["text"][:1]})[0], out[k])
+    with pytest.raises(UserError, match=r"^--hidden-dim 0 reads hashed words only, and audio is vectors$"):
+        Meld(cfg, sources() | parts, LABELS, (3,))
+    with pytest.raises(UserError, match=r"^--hidden-dim 0 is for hashed words without stage 3$"):
+        Meld(cfg, sources(), LABELS, (3,), stage3(), CLASSES)
+
+
 # --- what is not there, and what is given -----------------------------------------------------------------------------
 
 

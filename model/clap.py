@@ -119,11 +119,16 @@ def info_nce(own: dict[str, Tensor], every: dict[str, Tensor], scripts: tuple[Te
     """
     right = (scripts[0][:, :, None] == scripts[1][:, None]).float()
     right = right / right.sum(-1, keepdim=True)
-    total = scale.new_zeros(len(scale))
-    for one, other in (("text", "audio"), ("audio", "text")):
-        logits = scale[:, None, None] * (own[one] @ every[other].mT)  # (K, b, B)
-        total = total - (right * logits.log_softmax(-1)).sum((1, 2))
-    return total / (2 * every["text"].shape[1])
+    factor = scale[:, None, None]
+    by_text = factor * (own["text"] @ every["audio"].mT)  # (K, b, B)
+    if own["text"] is every["text"]:  # one process: the other direction is the columns of the same products
+        ends = by_text.logsumexp(-1) + by_text.logsumexp(-2)
+        pulled = (right + right.mT) * by_text
+    else:
+        by_audio = factor * (own["audio"] @ every["text"].mT)
+        ends = by_text.logsumexp(-1) + by_audio.logsumexp(-1)
+        pulled = right * (by_text + by_audio)
+    return (ends.sum(1) - pulled.sum((1, 2))) / (2 * every["text"].shape[1])
 
 
 def load(folder: Path, state: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Clap, str]:

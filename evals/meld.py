@@ -82,7 +82,8 @@ def stores(
                 raise UserError(f"--encoders {m}={encoder.name}: {cfg.data_root} holds no clips")
             say(f"{cfg.data_root} holds no clips: only words are read")
             continue
-        folder = Path(cfg.features_root, f"{encoder.name}-{pooling}-{_fingerprint(cfg.data_root, encoder.info(pooling))}")
+        copy = _fingerprint(cfg.data_root, encoder.info(pooling))
+        folder = Path(cfg.features_root, f"{encoder.name}-{pooling}-{copy}")
         store = extract(clips, encoder, pooling, folder, here, workers=workers, say=say)
         if store is None:
             raise SystemExit(0)  # asked to stop; what is made is kept

@@ -1,6 +1,7 @@
 """Features from raw media with a frozen encoder: a store that every training script reads, resumable.
 
 $ python extract.py --encoder logmel --manifest clips.csv --out features/logmel
+$ python extract.py --encoder hubert --weights facebook/hubert-base-ls960 --manifest clips.csv --out features/hubert
 $ torchrun --nproc-per-node 2 extract.py --encoder framestats --data-root datasets/MERR --out features/framestats
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 from common import config, dist
 from common.config import UserError, opt
 from data.extraction import clear, extract
-from data.features import shard_files
+from data.features import shard_files, write_npy
 from data.manifest import Clip, read_manifest
 from data.merr import load_merr
 from model import encoders
@@ -30,7 +31,10 @@ class Config:
     out: str | None = opt(None, "folder of the store; default: features/<encoder>")
     frame: str = opt("middle", "the frame that stands for a clip where one does", choices=("first", "middle", "peak"))
     image_size: int | None = opt(None, "side in pixels that a frame is resized to; default: the encoder's")
-    num_workers: int = opt(2, "threads that decode and encode; 0: none beside the main one")
+    device: str = opt("auto", "cpu, cuda, cuda:N or auto; encoders that read clip by clip run on the CPU")
+    tokens_per_batch: int | None = opt(None, "rows that are encoded at once; default: 2,048 on a CPU, 16,384 on a GPU")
+    num_workers: int = opt(2, "threads that decode; 0: none beside the main one")
+    npy: str | None = opt(None, "folder for one <id>.npy a clip beside the store, the layout of MER2023")
     max_bad: float = opt(0.01, "largest share of clips that may fail")
     resume: bool = opt(False, "continue the extraction in --out")
     overwrite: bool = opt(False, "delete the store in --out first")
@@ -46,16 +50,27 @@ def main(cfg: Config) -> None:
     there = shard_files(out) or (out / "index.json").exists()
     if there and not (cfg.resume or cfg.overwrite):
         raise UserError(f"{out} holds a store: --resume goes on with it, --overwrite replaces it, --out DIR is another")
-    here = dist.ranks("cpu")
+    if cfg.tokens_per_batch is not None and cfg.tokens_per_batch < 1:
+        raise UserError(f"--tokens-per-batch: {cfg.tokens_per_batch} is not above 0")
+    here = dist.ranks(cfg.device if encoder.batched else "cpu")
+    if here.main and encoder.coverage is not None:
+        print(f"{cfg.encoder}: {encoder.coverage}")
     clips = read_clips(cfg, here.main)
 
     dist.connect(here)
     if cfg.overwrite and here.main:
         clear(out)
     dist.barrier()
-    store = extract(clips, encoder, pooling, out, here, frame=cfg.frame, workers=cfg.num_workers, max_bad=cfg.max_bad)
-    if store is None and here.main:
-        print(f"stopped; the same command with --resume continues {out}")
+    store = extract(
+        clips, encoder, pooling, out, here, frame=cfg.frame, workers=cfg.num_workers, tokens=cfg.tokens_per_batch,
+        max_bad=cfg.max_bad,
+    )  # fmt: skip
+    if here.main:
+        if store is None:
+            print(f"stopped; the same command with --resume continues {out}")
+        elif cfg.npy is not None:
+            write_npy(store, cfg.npy)
+            print(f"{cfg.npy}: {len(store):,} files")
     dist.cleanup()
 
 

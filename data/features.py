@@ -1,10 +1,11 @@
 """Feature stores: one tensor a clip, written once in safetensors shards and read by id through mmap."""
 
+import io
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from common.config import UserError
 from data.manifest import Clip
-from data.media import NoAudio, NoText, NoVideo, load_audio, load_frame, load_frames
+from data.media import MediaError, NoAudio, NoText, NoVideo, load_audio, load_frame, load_frames
 
 SHARD_BYTES = 256 * 2**20
-SHARD_SECONDS = 60  # a kill costs at most this much work
 
 
 class Store:
@@ -206,100 +206,135 @@ def open_features(path: str | Path, pooling: str | None = None) -> FeatureStore 
         raise UserError(f"features not found: neither {looked} is a folder (extract.py makes one)")
     if (folder / "index.json").is_file():
         return FeatureStore(folder)
-    if shard_files(folder):
+    if shard_files(folder) or (folder / "plan.json").is_file():
         raise UserError(f"{folder}: extraction is unfinished; continue it with extract.py --out {folder} --resume")
     return NpyFolder(folder, pooling)
+
+
+@dataclass
+class Shard:
+    """What the header of a shard says: whose clips it has, how they were made, and which of its clips failed."""
+
+    path: Path
+    number: int  # -1: written before shards were numbered in one row
+    ids: list[str]
+    info: dict[str, Any]
+    skipped: dict[str, tuple[str, bool]]  # id -> why it has no features, and whether that is damage
 
 
 class StoreWriter:
     """Writes a store in whole shards, each with its ids, so that a restart knows what is done."""
 
-    def __init__(self, folder: str | Path, info: Mapping[str, Any], rank: int = 0, shard_rows: int = 4096) -> None:
-        self.folder, self.rank, self.shard_rows = Path(folder), rank, shard_rows
+    def __init__(self, folder: str | Path, info: Mapping[str, Any], shard_rows: int = 4096) -> None:
+        self.folder, self.shard_rows = Path(folder), shard_rows
         self.info: dict[str, Any] = json.loads(json.dumps(info))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.done: set[str] = set()
-        self._number = 0
-        for path, ids, made in _headers(self.folder):
-            self.done.update(ids)
+        self.shards = list(read_shards(self.folder))
+        for made in (shard.info for shard in self.shards):
             changed = [key for key in {**made, **self.info} if made.get(key) != self.info.get(key)]
             if changed:
                 old, new = made.get(changed[0]), self.info.get(changed[0])
                 raise UserError(f"{folder}: extracted with {changed[0]} {old}, now {new}; --overwrite starts again")
-            owner, number = map(int, path.stem.split("-")[1:])
-            self._number = max(self._number, number + 1) if owner == rank else self._number
+        self.done = {id for shard in self.shards for id in shard.ids}
+        self.next = 1 + max((shard.number for shard in self.shards), default=-1)
         self._restart()
 
     def _restart(self) -> None:
         self._ids: list[str] = []
         self._tensors: list[Tensor] = []
-        self._lengths: list[float] = []
-        self._bytes, self._since = 0, time.monotonic()
+        self._lengths: list[float | None] = []
+        self._bytes = 0
 
     def add(self, id: str, tensor: Tensor, length: float | None = None) -> None:
-        """Take one clip's features; they are on disk when their shard is full, a minute old, or closed.
+        """Take one clip's features; they are on disk when their shard is full or closed.
 
         `length`: how long the clip is, in seconds of sound or in tokens.
         """
         self._ids.append(id)
         self._tensors.append(tensor.detach().cpu())
-        self._lengths.append(math.nan if length is None else length)
+        self._lengths.append(length)
         self._bytes += tensor.nbytes
-        old = time.monotonic() - self._since > SHARD_SECONDS
-        if len(self._ids) >= self.shard_rows or self._bytes >= SHARD_BYTES or old:
+        if len(self._ids) >= self.shard_rows or self._bytes >= SHARD_BYTES:
             self.close()
 
     def close(self) -> None:
         """Write what is pending as one shard, in whole or not at all."""
         if self._ids:
-            if len({tensor.shape for tensor in self._tensors}) == 1:
-                tensors = {"rows": torch.stack(self._tensors)}
-            else:
-                sizes = torch.tensor([0, *map(len, self._tensors)])
-                tensors = {"values": torch.cat(self._tensors), "offsets": sizes.cumsum(0)}
-            if not all(map(math.isnan, self._lengths)):
-                tensors["lengths"] = torch.tensor(self._lengths, dtype=torch.float32)
-            path = self.folder / f"shard-{self.rank:03d}-{self._number:05d}.safetensors"
-            partial = path.with_suffix(".tmp")
-            # save_file would make the file readable for its owner only
-            partial.write_bytes(save(tensors, {"ids": json.dumps(self._ids), "info": json.dumps(self.info)}))
-            _replace(partial, path)
-            self.done.update(self._ids)
-            self._number += 1
+            self.write(self.next, self._ids, self._tensors, self._lengths)
+            self.next += 1
         self._restart()
 
+    def write(
+        self, number: int, ids: Sequence[str], values: Sequence[Tensor], lengths: Sequence[float | None],
+        skipped: Mapping[str, tuple[str, bool]] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the shard with this number, in whole or not at all; `skipped` are its clips without features."""
+        if len({value.shape for value in values}) > 1:
+            sizes = torch.tensor([0, *map(len, values)])
+            tensors = {"values": torch.cat(list(values)), "offsets": sizes.cumsum(0)}
+        else:
+            tensors = {"rows": torch.stack(list(values))} if ids else {}
+        if not all(length is None for length in lengths):
+            known = [math.nan if length is None else length for length in lengths]
+            tensors["lengths"] = torch.tensor(known, dtype=torch.float32)
+        header = {"ids": list(ids), "info": self.info} | ({"skipped": dict(skipped)} if skipped else {})
+        path = self.folder / f"shard-{number:05d}.safetensors"
+        # save_file would make the file readable for its owner only; several entries would come in any order
+        replace_file(path, save(tensors, {"shard": json.dumps(header)}))
+        self.done.update(ids)
+
     def finish(self) -> int:
-        """Write index.json over all ranks' shards, which makes the folder a store; returns the number of clips."""
+        """Write index.json over all shards, which makes the folder a store; returns the number of clips."""
         self.close()
-        shards = {path.name: ids for path, ids, _ in _headers(self.folder)}
-        ids = [id for part in shards.values() for id in part]
-        index = {**self.info, "shards": {name: len(part) for name, part in shards.items()}, "ids": ids}
-        partial = self.folder / "index.tmp"
-        partial.write_text(json.dumps(index))
-        _replace(partial, self.folder / "index.json")
+        shards = list(read_shards(self.folder))
+        ids = [id for shard in shards for id in shard.ids]
+        index = {**self.info, "shards": {shard.path.name: len(shard.ids) for shard in shards}, "ids": ids}
+        replace_file(self.folder / "index.json", json.dumps(index).encode())
         return len(ids)
 
 
+def write_npy(store: Store, folder: str | Path) -> None:
+    """The features of every clip as <folder>/<id>.npy, the layout of MER2023 that NpyFolder reads."""
+    folder = Path(folder)
+    odd = next((id for id in store.ids if id != Path(id).name), None)
+    if odd is not None:
+        raise UserError(f"{folder}: id '{odd}' is no file name")
+    folder.mkdir(parents=True, exist_ok=True)
+    for id in store.ids:
+        buffer = io.BytesIO()
+        np.save(buffer, store[id].numpy())
+        replace_file(folder / f"{id}.npy", buffer.getvalue(), sync=False)
+
+
 def shard_files(folder: str | Path) -> list[Path]:
-    """The finished shards in a folder, in order."""
-    return sorted(Path(folder).glob("shard-*.safetensors"))
+    """The finished shards in a folder, in order; those of the time when each rank had its own numbers come first."""
+    return sorted(Path(folder).glob("shard-*.safetensors"), key=lambda path: (-path.name.count("-"), path.name))
 
 
-def _headers(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, Any]]]:
-    """Path, ids and info of every shard, from the file headers."""
+def read_shards(folder: Path) -> Iterator[Shard]:
+    """The headers of the finished shards in a folder, in order."""
     for path in shard_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-            yield path, json.loads(metadata["ids"]), json.loads(metadata["info"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if "shard" in metadata:
+                header = json.loads(metadata["shard"])
+                number = int(path.stem.split("-")[1])
+                skipped = {id: (reason, bad) for id, (reason, bad) in header.get("skipped", {}).items()}
+                yield Shard(path, number, header["ids"], header["info"], skipped)
+            else:
+                yield Shard(path, -1, json.loads(metadata["ids"]), json.loads(metadata["info"]), {})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a readable shard ({error}); delete it and --resume") from None
 
 
-def _replace(partial: Path, path: Path) -> None:
-    """Rename once the content is on disk: after a power cut the file is whole or absent."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file; after a power cut (`sync`) or a kill it is whole, or as it was before."""
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(content)
+    if sync:
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -307,6 +342,7 @@ def decode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -
     """What `encoder` reads of a clip: waveform (T,), frames (n, H, W, 3) or text; MediaError, Absent without any.
 
     `frame` says which frame stands for a clip where one does: first, middle, or peak (middle where no peak is known).
+    Of frames only the clip's box is left, where it has one.
     """
     if encoder.modality == "text":
         if not (clip.text or "").strip():
@@ -318,9 +354,20 @@ def decode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -
         return load_audio(clip.path, encoder.sample_rate, clip.start, clip.end)
     count = encoder.frames(pooling)
     if count > 1:
-        return load_frames(clip.path, count, start=clip.start, end=clip.end)
-    which = frame if frame != "peak" else "middle" if clip.frame is None else clip.frame
-    return load_frame(clip.path, which, clip.start, clip.end)[None]
+        frames = load_frames(clip.path, count, start=clip.start, end=clip.end)
+    else:
+        which = frame if frame != "peak" else "middle" if clip.frame is None else clip.frame
+        frames = load_frame(clip.path, which, clip.start, clip.end)[None]
+    return frames if clip.box is None else _crop(frames, clip)
+
+
+def _crop(frames: Tensor, clip: Clip) -> Tensor:
+    """The part of frames (n, H, W, 3) inside the clip's box, as far as it lies on them."""
+    left, top, right, bottom = (max(round(float(edge)), 0) for edge in str(clip.box).split(","))
+    part = frames[:, top:bottom, left:right]
+    if not part.numel():
+        raise MediaError(f"{clip.path}: box {clip.box} is outside the {frames.shape[2]} x {frames.shape[1]} frame")
+    return part
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.config import UserError
 
-TEXTS = ("text", "label", "split", "fold", "speaker", "dialogue", "group", "box")
+TEXTS = ("text", "label", "split", "fold", "speaker", "dialogue", "group")
 SECONDS = ("start", "end")
 CAPTIONS = ("reason", "reason_v2")  # the two captioning tasks; a `caption` column is the target of both
 EMOTIONS: tuple[str, ...] = (
@@ -27,7 +27,7 @@ EMOTIONS: tuple[str, ...] = (
     "disgust",
     "fear",
 )  # strengths, as CMU-MOSEI orders them
-COLUMNS = ("id", "path", *TEXTS, *SECONDS, "frame", "caption", *CAPTIONS, *EMOTIONS)
+COLUMNS = ("id", "path", *TEXTS, "box", *SECONDS, "frame", "caption", *CAPTIONS, *EMOTIONS)
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Clip:
     group: str | None = None
     start: float | None = None  # seconds
     end: float | None = None
-    box: str | None = None
+    box: str | None = None  # pixels x1,y1,x2,y2
     frame: int | None = None  # index of the peak frame
     emotions: dict[str, float] = field(default_factory=dict)  # one of EMOTIONS -> strength, 0 to 3 in CMU-MOSEI
     where: str = ""  # "file:line", for messages
@@ -221,6 +221,7 @@ def _clip(row: dict, folder: Path, where: str) -> Clip:
         id,
         str(folder / media) if media else None,
         **{name: _text(row.get(name), name, where) for name in TEXTS},
+        box=_box(row.get("box"), where),
         captions={task: text for task, text in captions.items() if text},
         start=start,
         end=end,
@@ -231,11 +232,23 @@ def _clip(row: dict, folder: Path, where: str) -> Clip:
 
 
 def _text(value: object, name: str, where: str) -> str | None:
-    if name == "box" and isinstance(value, list):
-        value = ",".join(map(str, value))
     if isinstance(value, list | dict):
         raise UserError(f"{where}: {name} must be text, not a {type(value).__name__}")
     return None if value is None else str(value).strip() or None
+
+
+def _box(value: object, where: str) -> str | None:
+    text = _text(",".join(map(str, value)) if isinstance(value, list) else value, "box", where)
+    if text is None:
+        return None
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+        whole = round(left) < round(right) and round(top) < round(bottom)
+    except (ValueError, OverflowError):  # not four numbers, or none that are finite
+        whole = False
+    if not whole:
+        raise UserError(f"{where}: box '{text}' is not x1,y1,x2,y2 in pixels with x1 < x2 and y1 < y2")
+    return text
 
 
 def _number(value: object, name: str, where: str) -> float | None:

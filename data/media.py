@@ -109,6 +109,21 @@ def probe(path: str | Path) -> dict[str, Any]:
     }
 
 
+def seconds(path: str | Path, start: float | None = None, end: float | None = None) -> float | None:
+    """How long a clip probably sounds, from its bounds or the head of its file; None where neither tells."""
+    if start is not None and end is not None:
+        return end - start
+    try:
+        path = _present(path)
+        whole = _sound_seconds(path) if path.suffix.lower() in SOUND_FILES else None
+        if whole is None:
+            with _opened(path) as container:
+                whole = container.duration and container.duration / 1e6
+    except MediaError:
+        return None
+    return whole and max((whole if end is None else min(end, whole)) - (start or 0), 0)
+
+
 @functools.lru_cache(64)  # clips are mostly read tar by tar
 def tar_index(path: str | Path) -> dict[str, tuple[int, int]]:
     """Name -> (offset, bytes) of the regular files in a tar that is not compressed; MediaError if it is damaged."""
@@ -185,6 +200,15 @@ def _read_sound_file(path: Path, start: float | None, end: float | None) -> tupl
             file.seek(min(first, file.frames))
             samples = file.read(max(last - first, 0), dtype="float32", always_2d=True)  # (T, channels)
             return torch.from_numpy(samples).mean(1), file.samplerate
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _sound_seconds(path: Path) -> float | None:
+    import soundfile
+
+    try:
+        return soundfile.info(_source(path)).duration
     except soundfile.LibsndfileError:
         return None
 

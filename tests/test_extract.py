@@ -209,9 +209,9 @@ def test_mistakes_are_named(tmp_path):
 
 # each clip becomes a shard of its own, so that there is something to find after a kill
 SLOW = """
-import time, extract, data.extraction as e, data.features as f
+import time, extract, data.extraction as e
 from common import config
-f.SHARD_SECONDS, decode = 0, e.decode_clip
+e.CHUNK, decode = 1, e.decode_clip
 e.decode_clip = lambda *args: (time.sleep(0.1), decode(*args))[1]
 config.run(extract.Config, extract.main)
 """
@@ -249,7 +249,7 @@ def test_ranks_share_the_work(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 clips, width 504") == 1
     assert sorted(path.name for path in out.glob("*.safetensors")) == [
-        "shard-000-00000.safetensors", "shard-001-00000.safetensors",
+        "shard-00000.safetensors", "shard-00001.safetensors",
     ]  # fmt: skip
     store, one = FeatureStore(out), FeatureStore(tmp_path / "one")
     assert sorted(store.ids) == sorted(one.ids)

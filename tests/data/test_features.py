@@ -9,17 +9,27 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 from common.config import UserError
-from data.features import FeatureStore, Memory, NpyFolder, StoreWriter, decode_clip, encode_clip, open_features
+from data.features import (
+    FeatureStore,
+    Memory,
+    NpyFolder,
+    StoreWriter,
+    decode_clip,
+    encode_clip,
+    open_features,
+    write_npy,
+)
 from data.manifest import Clip
 from data.media import NoAudio, NoText, NoVideo
 
 INFO = {"encoder": "toy", "pooling": "stats", "dim": 3, "dtype": "float32"}
 
 
-def write(folder, rows, rank=0, finish=True, **options):
-    writer = StoreWriter(folder, INFO, rank, **options)
+def write(folder, rows, finish=True, **options):
+    writer = StoreWriter(folder, INFO, **options)
     for id, row in rows.items():
         writer.add(id, row)
     writer.close()
@@ -32,7 +42,7 @@ def test_fixed_rows_over_several_shards(tmp_path):
     rows = {f"clip {i}": torch.randn(3) for i in range(7)}
     write(tmp_path / "s", rows, shard_rows=3)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
-        "index.json", "shard-000-00000.safetensors", "shard-000-00001.safetensors", "shard-000-00002.safetensors",
+        "index.json", "shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors",
     ]  # fmt: skip
     store = FeatureStore(tmp_path / "s")
     assert store.ids == list(rows)
@@ -41,7 +51,7 @@ def test_fixed_rows_over_several_shards(tmp_path):
     assert all(torch.equal(store[id], row) for id, row in rows.items())
     assert "clip 6" in store
     assert "clip 7" not in store
-    with safe_open(tmp_path / "s/shard-000-00000.safetensors", "pt") as file:
+    with safe_open(tmp_path / "s/shard-00000.safetensors", "pt") as file:
         assert file.get_tensor("rows").shape == (3, 3)
 
 
@@ -65,7 +75,7 @@ def test_sequences_are_ragged(tmp_path, shape, dtype):
     for id, row in rows.items():
         assert store[id].dtype == dtype
         assert torch.equal(store[id], row)
-    with safe_open(tmp_path / "shard-000-00000.safetensors", "pt") as file:
+    with safe_open(tmp_path / "shard-00000.safetensors", "pt") as file:
         assert file.get_tensor("offsets").tolist() == [0, 4, 4, 5, 14]
         assert file.get_tensor("values").shape == (14, *shape)
 
@@ -92,7 +102,7 @@ def test_restart_after_a_kill_keeps_whole_shards(tmp_path):
     writer = StoreWriter(tmp_path, INFO, shard_rows=4)
     for id in list(rows)[:7]:
         writer.add(id, rows[id])  # 4 written, 3 pending when the process dies
-    (tmp_path / "shard-000-00001.tmp").write_bytes(b"half a shard")
+    (tmp_path / "shard-00001.tmp").write_bytes(b"half a shard")
     with pytest.raises(UserError, match=r"extraction is unfinished; continue it with extract\.py --out .* --resume$"):
         open_features(tmp_path)
 
@@ -121,13 +131,49 @@ def test_failed_write_leaves_nothing_behind_that_counts(tmp_path, monkeypatch):
     assert StoreWriter(tmp_path, INFO).done == {"a"}
 
 
-def test_ranks_write_side_by_side(tmp_path):
-    write(tmp_path, {"a": torch.zeros(3), "c": torch.ones(3)}, rank=0, finish=False)
-    write(tmp_path, {"b": torch.ones(3)}, rank=1, finish=False)
+def test_shards_are_written_in_any_order(tmp_path):
+    writer = StoreWriter(tmp_path, INFO)
+    writer.write(1, ["b"], [torch.ones(3)], [None])
+    writer.write(2, [], [], [], {"d": ("empty file", True)})
+    StoreWriter(tmp_path, INFO).write(0, ["a", "c"], [torch.zeros(3), torch.ones(3)], [None, None])
     writer = StoreWriter(tmp_path, INFO)
     assert writer.done == {"a", "b", "c"}
-    assert writer.finish() == 3
-    assert FeatureStore(tmp_path).ids == ["a", "c", "b"]
+    assert [shard.skipped for shard in writer.shards] == [{}, {}, {"d": ("empty file", True)}]
+    writer.add("e", torch.zeros(3))
+    assert writer.finish() == 4
+    assert FeatureStore(tmp_path).ids == ["a", "c", "b", "e"]
+
+
+def test_the_same_clips_make_the_same_bytes(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, {id: torch.ones(3) for id in "xyz"}, shard_rows=2)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_stores_with_shards_of_ranks_are_read_and_continued(tmp_path):
+    header = {"ids": json.dumps(["a", "b"]), "info": json.dumps(INFO)}
+    (tmp_path / "shard-001-00000.safetensors").write_bytes(save({"rows": torch.ones(2, 3)}, header))
+    (tmp_path / "index.json").write_text(
+        json.dumps({**INFO, "shards": {"shard-001-00000.safetensors": 2}, "ids": ["a", "b"]})
+    )
+    assert FeatureStore(tmp_path)["b"].tolist() == [1, 1, 1]
+    assert StoreWriter(tmp_path, INFO).done == {"a", "b"}
+    write(tmp_path, {"c": torch.zeros(3)})
+    assert FeatureStore(tmp_path).ids == ["a", "b", "c"]
+    assert (tmp_path / "shard-00000.safetensors").exists()
+
+
+def test_a_store_becomes_files_of_numpy(tmp_path):
+    write(tmp_path / "s", {"a": torch.arange(3.0), "b.c": torch.ones(3)})
+    store = FeatureStore(tmp_path / "s")
+    write_npy(store, tmp_path / "UTT")
+    folder = NpyFolder(tmp_path / "UTT")
+    assert folder.ids == ["a", "b.c"]
+    assert all(torch.equal(folder[id], store[id]) for id in store.ids)
+    write(tmp_path / "odd", {"../a": torch.arange(3.0)})
+    with pytest.raises(UserError, match=r"UTT: id '\.\./a' is no file name$"):
+        write_npy(FeatureStore(tmp_path / "odd"), tmp_path / "UTT")
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
@@ -147,9 +193,9 @@ def test_lengths_are_kept_where_they_are_known(tmp_path, rows):
     store = FeatureStore(tmp_path)
     assert [store.length(id) for id in "abcd"] == [1.5, None, 300, None]
     assert all(torch.equal(store[id], row) for id, row in zip("abc", rows, strict=True))
-    with safe_open(tmp_path / "shard-000-00000.safetensors", "pt") as file:
+    with safe_open(tmp_path / "shard-00000.safetensors", "pt") as file:
         assert file.get_tensor("lengths").dtype == torch.float32
-    with safe_open(tmp_path / "shard-000-00001.safetensors", "pt") as file:
+    with safe_open(tmp_path / "shard-00001.safetensors", "pt") as file:
         assert set(file.keys()) == {"rows"}
 
 
@@ -163,10 +209,10 @@ def test_check_names_the_clip(tmp_path):
 
 def test_broken_stores(tmp_path):
     write(tmp_path / "s", {"a": torch.zeros(3)})
-    (tmp_path / "s/shard-000-00000.safetensors").write_bytes(b"0123456789")
-    with pytest.raises(UserError, match=r"shard-000-00000\.safetensors: not a readable shard .*; --overwrite makes"):
+    (tmp_path / "s/shard-00000.safetensors").write_bytes(b"0123456789")
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors: not a readable shard .*; --overwrite makes"):
         FeatureStore(tmp_path / "s")["a"]
-    with pytest.raises(UserError, match=r"shard-000-00000\.safetensors: not a readable shard .*; delete it and"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors: not a readable shard .*; delete it and"):
         StoreWriter(tmp_path / "s", INFO)
     for content in ("{", "[]", json.dumps(INFO)):
         (tmp_path / "s/index.json").write_text(content)

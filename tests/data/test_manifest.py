@@ -99,6 +99,10 @@ def test_relative_paths_survive_a_move(tmp_path):
         ("id,start\na,-1\n", "m.csv:2: start -1 must be finite and not negative"),
         ("id,start,end\na,2,1.5\n", "m.csv:2: end 1.5 is not after start 2"),
         ("id,end\na,0\n", "m.csv:2: end 0 is not after start 0"),
+        *(
+            (f'id,box\na,"{box}"\n', f"m.csv:2: box '{box}' is not x1,y1,x2,y2 in pixels with x1 < x2 and y1 < y2")
+            for box in ("1,2,3", "a,b,c,d", "5,0,5,9", "0,9,5,2", "0,0,inf,1", "nan,0,1,1")
+        ),
         ("id,frame\na,1.5\n", "m.csv:2: frame 1.5 is not a whole number"),
         ('id,text\na,x\nb,"open\n', "m.csv:3: unexpected end of data"),
         ("", "m.csv: no clips"),

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from data.media import MediaError, NoAudio, NoVideo, load_audio, load_frame, load_frames, probe, tar_index
+from data.media import MediaError, NoAudio, NoVideo, load_audio, load_frame, load_frames, probe, seconds, tar_index
 
 W, H = 64, 48
 SHARED = os.environ.get("EMOTORCH_DATA")
@@ -60,6 +60,19 @@ def make_video(path, count=10, times=None, codec="mpeg4", rotation=None, extra=(
 
 def pitch(samples: torch.Tensor, rate: int) -> float:
     return float(torch.fft.rfft(samples).abs().argmax()) * rate / len(samples)
+
+
+def test_how_long_a_clip_probably_is(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(24000), 16000)
+    make_video(tmp_path / "a.mp4", 10, audio=0.4)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    assert seconds(tmp_path / "a.wav") == 1.5
+    assert seconds(tmp_path / "a.wav", 0.5) == 1
+    assert seconds(tmp_path / "a.wav", end=9) == 1.5
+    assert seconds(tmp_path / "a.wav", start=9) == 0
+    assert seconds(tmp_path / "a.mp4") == pytest.approx(0.4, abs=0.1)
+    assert seconds(tmp_path / "none.wav", 1, 3) == 2
+    assert [seconds(tmp_path / name) for name in ("bad.wav", "none.wav")] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def load_ours(job: Job) -> Callable[[list[Clip]], None]:
 
     def work(clips: list[Clip]) -> None:
         here = dist.Ranks(device=job.device)
-        extract(clips, encoder, "frames", job.out, here, workers=job.workers, tokens=job.tokens, say=str)
+        quiet: list[str] = []
+        extract(clips, encoder, "frames", job.out, here, workers=job.workers, tokens=job.tokens, say=quiet.append)
 
     return work
 
@@ -151,8 +152,8 @@ def load_theirs(job: Job, batch: int = BATCH) -> Callable[[list[Clip]], None]:
             sounds = [soundfile.read(str(clip.path), dtype="float32")[0] for clip in part]
             given = prepare(sounds, sampling_rate=RATE, padding=True, return_tensors="pt").to(job.device)
             states = model(**given).last_hidden_state.cpu()
-            counts = model._get_feat_extract_output_lengths(torch.tensor([len(sound) for sound in sounds]))
-            for clip, state, count in zip(part, states, counts, strict=True):  # pyright: ignore[reportArgumentType]
+            for clip, state, sound in zip(part, states, sounds, strict=True):
+                count = int(model._get_feat_extract_output_lengths(len(sound)))
                 np.save(Path(job.out, f"{clip.id}.npy"), state[:count].numpy())
 
     return work

@@ -232,18 +232,20 @@ class Work:
         self.batch = []
         sizes = torch.tensor([len(x) for x in inputs])
         try:
-            x = pad_sequence(inputs, batch_first=True).to(self.device)
+            x = pad_sequence(list(inputs), batch_first=True).to(self.device)
             mask = torch.arange(x.shape[1]) < sizes[:, None]
             states = self.encoder(x, None if mask.all() else mask.to(self.device))
-            values = [self.encoder.pool(state[:n], self.pooling).cpu() for state, n in zip(states, rows, strict=True)]
+            pooled = [self.encoder.pool(state[:n], self.pooling) for state, n in zip(states, rows, strict=True)]
+            flat = torch.cat([value.flatten() for value in pooled]).cpu()  # once, for each transfer waits for the GPU
         except torch.OutOfMemoryError:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0
             raise UserError(
                 f"out of memory with {len(rows)} clips of {len(rows) * max(rows):,} tokens, at a peak of {peak:.1f} "
                 f"GiB: lower --tokens-per-batch (now {self.tokens:,}), or give --options dtype=bf16"
             ) from None
-        for clip, value, length in zip(clips, values, lengths, strict=True):
-            self.keep(clip, (value, length))
+        values = flat.split([value.numel() for value in pooled])
+        for clip, value, like, length in zip(clips, values, pooled, lengths, strict=True):
+            self.keep(clip, (value.view(like.shape), length))
 
     def rest(self) -> dict[str, Input]:
         """All that was kept since the last call, by id."""

@@ -208,7 +208,7 @@ FLAGS = {
         decode.repetition_penalty""",
     "extract": """
         encoder, weights, options, pooling, manifest, data_root, annotation_file, image_path, out, frame, image_size,
-        device --device, tokens_per_batch, num_workers, npy, max_bad, resume, overwrite""",
+        device, tokens_per_batch, num_workers, npy, max_bad, resume, overwrite""",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from data.media import Absent, MediaError, seconds
 
 CHUNK = 512  # clips of a shard, and what a kill costs at most on each rank
 ROWS = {"frames": 500, "tokens": 64, "patches": 1025}  # of ten seconds, a sentence and a picture of 448 pixels
-TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch: larger ones are not faster on a CPU
+TOKENS = {"cpu": 1024, "cuda": 16384}  # of a batch: on a CPU larger ones are not faster, and take more memory
 PADDING = 0.2  # largest share of a batch that is no clip's
 LINE = 30  # seconds between lines of progress where there is no terminal
 

@@ -89,7 +89,7 @@ SLOW = """
 import time, extract, data.extraction as e
 from common import config
 e.CHUNK, decode = 20, e.decode_clip
-e.decode_clip = lambda *args: (time.sleep(0.004), decode(*args))[1]
+e.decode_clip = lambda *args: (time.sleep(0.02), decode(*args))[1]
 config.run(extract.Config, extract.main)
 """
 
@@ -103,7 +103,7 @@ def test_killed_at_random_and_resumed_the_store_is_the_same_to_the_byte(tmp_path
     run(*argv, "--out", tmp_path / "whole", "--max-bad", 0.05)
     with open(tmp_path / "whole/skipped.csv", newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == ["v003", "v040", "v041", "v122", "v199"]
-    out, moments = tmp_path / "store", np.random.default_rng(time.time_ns()).uniform(0, 0.3, 2)
+    out, moments = tmp_path / "store", np.random.default_rng(time.time_ns()).uniform(0, 0.2, 2)
     for moment in moments:
         made = len(list(out.glob("*.safetensors")))
         command = [sys.executable, "-c", SLOW, *argv, "--out", out, "--resume", "--max-bad", "0.05", "--device", "cpu"]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from common import checkpoint, config, dist
 from common.config import UserError, opt
 from common.flat import Flat, set_lrs
-from common.keeper import Keeper, Rule, shuffled
+from common.keeper import Keeper, Progress, Rule, Watch, shuffled
 from common.log import Logger, curves_png
 from common.optim import OptimConfig, lr_at
 from common.run import open_run, resume_or_start
@@ -148,10 +148,6 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     say(f"{counts} utterances, {' and '.join(opened)}; mode {cfg.model.mode}, {count:,} parameters x {len(seeds)} "
         f"seeds; {a_step} a step ({here.world} processes), {iters} steps an epoch")  # fmt: skip
     say("class weights " + ", ".join(f"{label} {w:.2f}" for label, w in zip(LABELS, weight.tolist(), strict=True)))
-    shape = {"constant": "constant", "linear": "linear", "cosine": "linear_warmup_cosine"}[cfg.schedule]
-    schedule = OptimConfig(
-        lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
-    )  # fmt: skip
 
     # ---- training: one pass of the outer loop is one epoch of all seeds
     model.train()
@@ -160,32 +156,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         began, done = time.perf_counter(), keeper.begin(cfg.seed, iters)
         order = shuffled(len(train), seeds, progress.epoch).to(here.device)
-        losses: list[Tensor] = []
-        norm = flat.grads.new_zeros(len(seeds))
-        for chunk in order.split(a_step, 1)[done:]:
-            stopping = stop.asked(here)
-            if stopping:
-                break
-            own = chunk[:, here.rank :: here.world]
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and own.is_cuda):
-                logits = speech.forward(model, learnt, own)
-            each = F.cross_entropy(
-                logits.float().flatten(0, 1), train.label[own].flatten(), weight, reduction="none",
-                label_smoothing=cfg.label_smoothing,
-            ).view(own.shape)  # fmt: skip
-            # weighted mean over the step's utterances on all ranks, as cross_entropy takes it
-            part = each.sum(1) / weight[train.label[chunk]].sum(1)
-            flat.zero_grad()
-            part.sum().backward()
-            if here.world > 1:
-                torch.distributed.all_reduce(flat.grads)
-            norm = flat.clip(cfg.grad_clip)
-            lr = lr_at(progress.step, total, schedule)
-            set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
-            optimizer.step()
-            losses.append(part.detach())
-            progress.step += 1
-            bar.update()
+        stopping, losses, norm = train_epoch(
+            model, learnt, weight, cfg, here, flat, optimizer, progress, watches, order, done, stop, bar.update
+        )
         if stopping:
             break
         progress.epoch += 1
@@ -242,6 +215,49 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if lock:
         lock.release()
     dist.cleanup()
+
+
+def train_epoch(
+    model: Meld, learnt: Pairs, weight: Tensor, cfg: Config, here: dist.Ranks, flat: Flat,
+    optimizer: torch.optim.Optimizer, progress: Progress, watches: Sequence[Watch], order: Tensor, done: int,
+    stop: dist.Stop, tick: Callable[[], Any],
+) -> tuple[bool, list[Tensor], Tensor]:  # fmt: skip
+    """The steps of an epoch from `done` on, of the utterances order (K, N); `weight` (7,) is that of the classes.
+
+    Returns whether a stop was asked for, this rank's part (K,) of each step's loss, and the last gradient norm (K,).
+    """
+    shape = {"constant": "constant", "linear": "linear", "cosine": "linear_warmup_cosine"}[cfg.schedule]
+    schedule = OptimConfig(
+        lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
+    )  # fmt: skip
+    a_step = cfg.batch_size * here.world
+    total = cfg.epochs * math.ceil(order.shape[1] / a_step)
+    losses: list[Tensor] = []
+    norm = flat.grads.new_zeros(len(order))
+    for chunk in order.split(a_step, 1)[done:]:
+        if stop.asked(here):
+            return True, losses, norm
+        own = chunk[:, here.rank :: here.world]
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and own.is_cuda):
+            logits = speech.forward(model, learnt, own)
+        each = F.cross_entropy(
+            logits.float().flatten(0, 1), learnt.label[own].flatten(), weight, reduction="none",
+            label_smoothing=cfg.label_smoothing,
+        ).view(own.shape)  # fmt: skip
+        # weighted mean over the step's utterances on all ranks, as cross_entropy takes it
+        part = each.sum(1) / weight[learnt.label[chunk]].sum(1)
+        flat.zero_grad()
+        part.sum().backward()
+        if here.world > 1:
+            torch.distributed.all_reduce(flat.grads)
+        norm = flat.clip(cfg.grad_clip)
+        lr = lr_at(progress.step, total, schedule)
+        set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
+        optimizer.step()
+        losses.append(part.detach())
+        progress.step += 1
+        tick()
+    return False, losses, norm
 
 
 @dataclass

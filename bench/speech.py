@@ -124,11 +124,11 @@ class Loop:
 
     def train_epoch(self, order: Tensor) -> list[Tensor]:
         """Losses (1,) of the script's steps over the clips order (1, N)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each script has its own loop
 
     def step_loss(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean loss (1,) of a step's clips, and logits (1, B, C) if their answers are counted."""
-        raise NotImplementedError
+        raise NotImplementedError  # each script has its own loss
 
     def after(self) -> None:
         """What the script does after the optimiser's step."""

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,10 +36,9 @@ class Flat:
             p.grad = self.grads[:, first:last].view(p.shape)
             ends[_kind(name, p)] = first = last
         # the optimiser sees two or three parameters a seed
-        self.kinds = list(ends)
         self.parts = nn.ParameterDict()
         for seed in range(k):
-            for name, start, end in zip(ends, [0, *ends.values()], ends.values(), strict=False):
+            for name, (start, end) in zip(ends, pairwise([0, *ends.values()]), strict=True):
                 part = nn.Parameter(self.values[seed, start:end])
                 part.grad = self.grads[seed, start:end]
                 self.parts[f"{name}_{seed}"] = part

@@ -151,8 +151,8 @@ class SpeechNet(nn.Module):
         self.blocks = nn.ModuleList(
             Block(*shape, pre=config.do_stable_layer_norm) for _ in range(config.num_hidden_layers)
         )
-        hops = accumulate(config.conv_stride, mul, initial=1)
-        self.window = 1 + sum((kernel - 1) * hop for kernel, hop in zip(config.conv_kernel, hops, strict=False))
+        hops = accumulate(config.conv_stride[:-1], mul, initial=1)  # samples between the inputs of each convolution
+        self.window = 1 + sum((kernel - 1) * hop for kernel, hop in zip(config.conv_kernel, hops, strict=True))
 
     def counts(self, samples: Tensor) -> list[Tensor]:
         """After each convolution, the frames of clips that have so many samples, at least a window's."""

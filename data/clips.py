@@ -57,6 +57,7 @@ class Sample:
     task: str
     prompt: str
     target: str
+    path: str | None = None  # of the clip's media
 
 
 def make_sample(
@@ -79,7 +80,7 @@ def make_sample(
     pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
     answer = encode(f"{target}</s>") if target is not None else []
-    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "")
+    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path)
 
 
 class Features:

@@ -64,7 +64,7 @@ def answer(
                 found = _generate(mllm, tokenizer, prompts, labels, cfg, seed + start)
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
-            asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target}
+            asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target, "path": sample.path}
             records[i] = {"id": sample.id, "label": sample.label, **record, **asked}
         bar.update(len(chosen))
     bar.close()

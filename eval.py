@@ -24,6 +24,7 @@ from evals import emotion, retrieval, sentiment, speech
 from evals.emotion import BENCHMARKS, DecodeConfig
 from evals.meld import MeldSource, known, read_splits, stores
 from model import clap, fusion, meld, slm
+from model.mllm import load_visual
 from predict import LlmPredictor, load
 
 
@@ -80,7 +81,9 @@ def main(cfg: Config) -> None:
     six = not data_cfg.manifest and set(BENCHMARKS["mer2023"]) <= set(data_cfg.labels)
     bench = cfg.bench or ("mer2023" if six else "clips")
     labels = BENCHMARKS[bench] or data_cfg.labels
-    features = Features(predictor.mllm.cfg.rows(), predictor.mllm.cfg.visual, data_cfg)
+    model_cfg = predictor.mllm.cfg
+    features = Features(model_cfg.rows(), model_cfg.visual, data_cfg, load_visual(model_cfg, here.device))
+    features.check_made(predictor.made)
     data = ClipData(load_test(data_cfg, say), features, data_cfg, predictor.tokenizer.encode)
     say(f"{len(data)} clips ({data.coverage()})")
     dist.connect(here)

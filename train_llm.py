@@ -35,7 +35,7 @@ from data.prompts import emotion_question, segments
 from evals import emotion, sizes
 from evals.emotion import DecodeConfig
 from model.encoders import load as load_encoder
-from model.mllm import Mllm, MllmConfig, build, checkpoint_files, pack
+from model.mllm import Mllm, MllmConfig, build, checkpoint_files, load_visual, pack
 from model.published import load_published
 from model.tokenizer import Tokenizer
 from model.toy import make_toy_llm
@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     # ---- data and model, checked before any connection is opened
     splits, features, _, previous, tested = together(
         lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
-        lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data),
+        lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data, load_visual(cfg.model, here.device)),
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
         lambda: load_test(cfg.data, say) if cfg.test else [],  # a missing list must not end a run after its training

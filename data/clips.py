@@ -4,7 +4,9 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from common.config import UserError, opt
 from data import prompts
-from data.features import FeatureStore, NpyFolder, open_features
+from data.features import FeatureStore, NpyFolder, encode_clip, open_features
 from data.manifest import Clip, leak_check, read_manifest, split_by_group
+from data.media import Absent, MediaError
 from data.merr import load_merr
 
 VISUAL = ("image", "cls")  # the two slots one store of visual tokens fills
@@ -38,6 +41,10 @@ class DataConfig:
     labels: list[str] = opt(list(prompts.EMOTIONS9), "emotion labels, in the order the question names them")
     prompt_layout: str = opt("train", "token order of the prompt", choices=prompts.LAYOUTS)
     chat_template: bool = opt(True, "wrap the instruction in [INST] [/INST]")
+    frame: str = opt(
+        "first", "the frame of a clip that becomes visual tokens where they are made online",
+        choices=("first", "middle", "peak"),
+    )  # fmt: skip
     streams: list[str] = opt([], "use only these (text, image, cls, feature names); empty: all")
     enable_augmentation: bool = opt(False, "while training: noise on features, streams left out")
     augmentation_prob: float = opt(0.5, "probability of each augmentation", span=(0.0, 1.0))
@@ -84,12 +91,18 @@ def make_sample(
 
 
 class Features:
-    """Streams of clips by slot: utterance features (1, width), visual tokens as image (N, width) and cls (1, width)."""
+    """Streams of clips by slot: utterance features (1, width), visual tokens as image (N, width) and cls (1, width).
 
-    def __init__(self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig) -> None:
-        self.rows = rows
+    All come from stores, but for visual tokens where an encoder is given that makes them `online`, from a clip's frame.
+    """
+
+    def __init__(
+        self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig, online: Any = None
+    ) -> None:
+        self.rows, self.frame = rows, cfg.frame
         self.stores: dict[str, FeatureStore | NpyFolder] = {}
-        wanted = [name for name in rows if name not in VISUAL] + ([visual] if visual else [])
+        self.online = {visual: online} if visual and online is not None else {}
+        wanted = [name for name in rows if name not in VISUAL] + ([visual] if visual and not self.online else [])
         places = {name: [Path(cfg.data_root) / name, Path(cfg.features_root) / name, Path(name)] for name in wanted}
         if missing := [name for name in wanted if not any(place.is_dir() for place in places[name])]:
             looked = " and ".join(str(place) for place in places[missing[0]][:2])
@@ -102,45 +115,56 @@ class Features:
         self.visual = visual
         self.keep = set(cfg.streams) or set(rows)
         self.broken: dict[tuple[str, str], str] = {}  # (stream, clip) -> what is wrong
+        self.lose: Callable[[str], None] = lambda problem: None  # what happens at a clip that cannot be encoded online
         self._check_widths()
 
     def _check_widths(self) -> None:
-        for name, store in self.stores.items():
+        for name, made in self.describe().items():
             rows, width = self.rows["image" if name == self.visual else name]
-            if store.dim != width:
-                raise UserError(f"features {name!r} are {store.dim} wide, the model expects {width}")
-            size = store.info.get("image_size")
-            if name == self.visual and size is not None and (int(size) // 14) ** 2 != rows:
-                raise UserError(
-                    f"visual tokens {name!r} were made at --image-size {size}; the model expects {rows} patches"
-                )
+            if made["dim"] != width:
+                raise UserError(f"features {name!r} are {made['dim']} wide, the model expects {width}")
+            size = made.get("image_size")
+            if name == self.visual and size is not None:
+                tokens = made.get("tokens", (int(size) // 14) ** 2 + 1)
+                if tokens != rows + 1:
+                    raise UserError(
+                        f"visual tokens {name!r} are made at --image-size {size}, {tokens} a picture; "
+                        f"the model expects 1 + {rows}"
+                    )
 
     def __call__(self, clip: Clip) -> dict[str, Tensor]:
         """Slot -> (rows, width) float32; a stream that the clip lacks, or that is broken, is absent."""
         values = {}
-        for name in self.stores:
-            value = self._read(name, clip.id)
+        for name in (*self.stores, *self.online):
+            value = self._read(name, clip)
             if value is not None and name == self.visual:
                 values |= {"image": value[1:], "cls": value[:1]}
             elif value is not None:
                 values[name] = value
         return {name: value for name, value in values.items() if name in self.keep}
 
-    def _read(self, name: str, id: str) -> Tensor | None:
+    def _read(self, name: str, clip: Clip) -> Tensor | None:
         """One stream of a clip; None, and noted in `broken`, when it is unreadable, misshapen or not finite."""
-        store = self.stores[name]
-        if id not in store or (name, id) in self.broken:
+        id = clip.id
+        if (name, id) in self.broken or (name in self.stores and id not in self.stores[name]):
             return None
         rows, width = self.rows["image" if name == self.visual else name]
         expected = (rows + 1, width) if name == self.visual else (1, width)
         try:
-            value = torch.atleast_2d(store[id]).float()
+            if name in self.online:
+                value = encode_clip(clip, self.online[name], "patches", self.frame)
+            else:
+                value = torch.atleast_2d(self.stores[name][id]).float()
             if value.shape != expected:
                 raise UserError(f"{name}: id {id!r} has shape {tuple(value.shape)}, the model expects {expected}")
             if not torch.isfinite(value).all():
                 raise UserError(f"{name}: id {id!r} has non-finite values")
-        except UserError as error:
+        except Absent:
+            return None
+        except (UserError, MediaError) as error:
             self.broken[name, id] = str(error)
+            if name in self.online:
+                self.lose(str(error))
             return None
         return value
 
@@ -150,21 +174,41 @@ class Features:
         return view
 
     def scan(self, clips: Sequence[Clip], max_bad: float, say: Callable[[str], None]) -> None:
-        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips is broken."""
+        """Reads every utterance feature once; UserError when more than the share `max_bad` of clips is broken.
+
+        Frames that are encoded online are too many to try: each that fails is said when it is met, and counted.
+        """
         for clip in clips:
             for name in self.stores:
                 if name != self.visual:
-                    self._read(name, clip.id)
+                    self._read(name, clip)
         if self.broken:
             bad = len({id for _, id in self.broken})
             line = f"{bad} of {len(clips)} clips have broken features, the first: {next(iter(self.broken.values()))}"
             if bad > max_bad * len(clips):
                 raise UserError(f"{line}; more than --max-bad {max_bad:g}")
             say(f"{line}; these streams count as absent")
+        self.lose = partial(self._lose, len(clips), max_bad, say)
+
+    def _lose(self, clips: int, max_bad: float, say: Callable[[str], None], problem: str) -> None:
+        bad = sum(name in self.online for name, _ in self.broken)
+        if bad > max_bad * clips:
+            raise UserError(
+                f"{bad} of {clips} clips have no readable frame, the last: {problem}; --max-bad {max_bad:g}"
+            )
+        say(f"{problem}; its picture counts as absent")
 
     def describe(self) -> dict[str, dict]:
         """How each store was made, so that predict.py can make the same features of a new clip."""
-        return {name: store.info for name, store in self.stores.items()}
+        made = {name: store.info | {"dim": store.dim} for name, store in self.stores.items()}
+        return made | {name: x.info("patches") | {"frame": self.frame} for name, x in self.online.items()}
+
+    def check_made(self, before: dict[str, dict]) -> None:
+        """UserError where other weights made a stream than in training, whose describe() is `before`."""
+        for name, made in self.describe().items():
+            then, now = (info.get("weights_sha256") for info in (before.get(name, {}), made))
+            if then and now and then != now:
+                raise UserError(f"features {name!r} are made with other weights of {made['encoder']} than in training")
 
     def statistics(self, clips: Sequence[Clip]) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and standard deviation of every slot's rows over clips, in float64."""
@@ -255,6 +299,7 @@ class ClipData:
     def coverage(self) -> str:
         """ "image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream."""
         stores = {name: sum(clip.id in store for clip in self.clips) for name, store in self.features.stores.items()}
+        stores |= {name: sum(clip.path is not None for clip in self.clips) for name in self.features.online}
         stores["text"] = sum(clip.text is not None for clip in self.clips)
         return ", ".join(f"{name} {count}/{len(self)}" for name, count in stores.items())
 

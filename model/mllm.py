@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.config import UserError, from_dict, opt
 from common.weights import find_weights, identity
+from model import encoders
 from model.llm import Llama, LlamaConfig, Packed
 from model.lora import add_lora
 from model.tokenizer import Tokenizer
@@ -38,6 +39,14 @@ class MllmConfig:
     feature_dropout: float = opt(0.0, "dropout on the features themselves")
     normalize: bool = opt(False, "standardise features by train-split statistics kept in the checkpoint")
     visual: str | None = opt("eva_vit_g", "store of visual tokens (a CLS row, then patches); none: no picture")
+    visual_encoder: str | None = opt(
+        None, "make visual tokens from the videos whenever a clip is read, with this encoder, in place of a store",
+        "--visual-encoder",
+    )  # fmt: skip
+    visual_weights: str | None = opt(
+        None, "folder or hub name of the visual encoder's weights; default: where they are published"
+    )
+    visual_options: dict[str, str] = opt({}, "options of the visual encoder, a=1,b=2 (dtype=bf16 on a GPU)")
     visual_width: int = opt(1408, "width of a visual token")
     image_size: int = opt(448, "side of the picture in pixels, one visual token per 14 x 14", "--image-size")
     merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
@@ -252,6 +261,17 @@ def build(
     else:
         tokenizer = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"), cfg.end_sym)
     return Mllm(cfg, llm).to(device), tokenizer
+
+
+def load_visual(cfg: MllmConfig, device: torch.device) -> Any:
+    """The encoder that makes visual tokens online, on the device; None where they come from a store."""
+    if not (cfg.visual and cfg.visual_encoder):
+        return None
+    options: dict[str, Any] = {"image_size": cfg.image_size} if encoders.takes(cfg.visual_encoder, "image_size") else {}
+    encoder = encoders.load(cfg.visual_encoder, cfg.visual_weights, **options | cfg.visual_options)
+    if "patches" not in encoder.poolings:
+        raise UserError(f"--visual-encoder {cfg.visual_encoder}: gives no tokens of a picture's patches")
+    return encoder.to(device) if encoder.batched else encoder
 
 
 def load(folder: Path, state: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Mllm, Tokenizer, str]:

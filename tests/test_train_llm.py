@@ -433,8 +433,48 @@ def test_features_of_another_width_or_shape(merr, fails, data):
     assert fails(*argv, "--model.features", "voice=4") == "features 'voice' are 5 wide, the model expects 4"
     assert fails(*argv, "--visual-width", "4") == "features 'patches' are 3 wide, the model expects 4"
     assert fails(*argv, "--image-size", "112") == (
-        "visual tokens 'patches' were made at --image-size 56; the model expects 64 patches"
+        "visual tokens 'patches' are made at --image-size 56, 17 a picture; the model expects 1 + 64"
     )
+
+
+# ---- visual tokens made online
+
+
+def of_videos(trained, out, *more):
+    """Two optimiser steps on drawn and spoken clips."""
+    root = trained.run.parent
+    return [
+        "--llm", root / "base", "--data-root", trained.data, "--features-root", root / "features", "--model.features",
+        "voice=504", "--visual", "patches", "--visual-width", 12, "--image-size", 56, "--lora-r", 4, "--normalize",
+        "--task-pool", "emotion", "--epochs", 1, "--iters-per-epoch", 2, "--batch-size", 4, "--device", "cpu",
+        "--no-grad-checkpoint", "--valid-share", 0, "--out", out, *more,
+    ]  # fmt: skip
+
+
+def test_tokens_made_online_train_the_same_weights_as_a_store(trained, tmp_path, capsys):
+    online = ["--visual-encoder", "framestats", "--num-workers", 2]
+    assert train(of_videos(trained, tmp_path / "store", "--num-workers", 0)) == 0
+    assert train(of_videos(trained, tmp_path / "online", *online)) == 0
+    assert model_bytes(tmp_path / "online") == model_bytes(tmp_path / "store")
+    made = checkpoint.read_state(tmp_path / "online" / "checkpoints" / "last")["features"]["patches"]
+    assert made | {"encoder": "framestats", "frame": "first", "pooling": "patches", "image_size": 56} == made
+    middle = of_videos(trained, tmp_path / "middle", *online, "--data.frame", "middle")
+    assert train(middle) == 0
+    assert model_bytes(tmp_path / "middle") != model_bytes(tmp_path / "store")
+    capsys.readouterr()
+    again = of_videos(trained, tmp_path / "online", *online, "--resume")
+    assert train(again) == 0
+    assert "resumed" in capsys.readouterr().out
+
+
+def test_an_encoder_that_does_not_fit_the_picture(trained, tmp_path, fails):
+    argv = of_videos(trained, tmp_path / "none", "--visual-encoder")
+    assert fails(*argv, "framestats", "--model.visual-options", "image_size=112") == (
+        "visual tokens 'patches' are made at --image-size 112, 65 a picture; the model expects 1 + 16"
+    )
+    assert fails(*argv, "framestats", "--visual-width", "13") == "features 'patches' are 12 wide, the model expects 13"
+    assert fails(*argv, "logmel") == "--visual-encoder logmel: gives no tokens of a picture's patches"
+    assert "nearest: eva" in fails(*argv, "eve")
 
 
 @pytest.mark.parametrize(

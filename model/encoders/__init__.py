@@ -71,8 +71,9 @@ class Encoder(nn.Module):
         return rows.mean(0) if how == "mean" else rows
 
     def encode(self, x: Any, pooling: str) -> Tensor:
-        """The pooled features of one clip, which has no batch dimension."""
-        return self.pool(self(self.prepare(x)[None])[0], pooling)
+        """The pooled features of one clip, which has no batch dimension; on the CPU, wherever the weights are."""
+        device = next(self.parameters()).device
+        return self.pool(self(self.prepare(x)[None].to(device))[0], pooling).cpu()
 
     def info(self, pooling: str) -> dict[str, Any]:
         """How features are made, for the index of their store: enough to load() this encoder again."""
@@ -82,16 +83,26 @@ class Encoder(nn.Module):
         return {**made, **self.options, "pooling": pooling, "dim": self.out_dim(pooling), "dtype": self.dtype}
 
 
+def find(name: str) -> type[Encoder]:
+    """The class of encoder `name`."""
+    if name not in ENCODERS:
+        near = difflib.get_close_matches(name, ENCODERS, 1)
+        hint = f"nearest: {near[0]}; " if near else ""
+        raise UserError(f"unknown encoder '{name}' ({hint}there are {', '.join(ENCODERS)})")
+    return getattr(importlib.import_module(f"model.encoders.{name}"), ENCODERS[name])
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether encoder `name` has an option."""
+    return option in inspect.signature(find(name)).parameters
+
+
 def load(name: str, folder: str | None = None, **options: Any) -> Any:
     """The frozen encoder `name` in evaluation mode; options may be text, as flags give them.
 
     `folder` holds its weights, where it has any: a path or a hub name, by default where they are published.
     """
-    if name not in ENCODERS:
-        near = difflib.get_close_matches(name, ENCODERS, 1)
-        hint = f"nearest: {near[0]}; " if near else ""
-        raise UserError(f"unknown encoder '{name}' ({hint}there are {', '.join(ENCODERS)})")
-    cls = getattr(importlib.import_module(f"model.encoders.{name}"), ENCODERS[name])
+    cls = find(name)
     if folder is not None and cls.hub is None:
         raise UserError(f"encoder {name} has no weights to load from {folder}")
     allowed = dict(inspect.signature(cls).parameters)

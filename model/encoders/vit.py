@@ -229,6 +229,11 @@ class Vit(Encoder):
         """The network of this shape."""
         return VitNet(config)
 
+    def info(self, pooling: str) -> dict[str, Any]:
+        """How features are made; of patches also the picture's side in pixels and how many tokens it becomes."""
+        size = {"image_size": self.size, "tokens": self.config.tokens} if pooling == "patches" else {}
+        return super().info(pooling) | size
+
     def frames(self, pooling: str) -> int:
         """How many frames of a clip `pooling` reads."""
         return 1 if pooling in ("patches", "frame") else self.count

@@ -12,6 +12,7 @@ from data.clips import ClipData, DataConfig, Features, load_splits, load_test, m
 from data.features import StoreWriter
 from data.manifest import Clip
 from data.prompts import EMOTIONS9, QUESTIONS
+from tests.data.test_media import make_video
 
 LABELS = ["happy", "sad", "neutral", "angry"]
 ROWS = {"image": (4, 3), "cls": (1, 3), "face": (1, 6), "voice": (1, 5)}
@@ -51,6 +52,61 @@ CLIPS = [
 def dataset(root, train=False, seed=0, clips=CLIPS, **settings):
     cfg = DataConfig(data_root=str(root), labels=LABELS, **settings)
     return ClipData(clips, Features(ROWS, "eva", cfg), cfg, encode, train, seed)
+
+
+class Drawn:
+    """An encoder of pictures that tells its frames apart."""
+
+    modality, sample_rate = "video", None
+
+    def frames(self, pooling):
+        return 1
+
+    def info(self, pooling):
+        return {"dim": 3, "encoder": "drawn"}
+
+    def encode(self, x, pooling):
+        return x.float().mean((0, 1, 2)).expand(5, 3)
+
+
+def test_pictures_encoded_online_are_those_of_the_frame_asked_for(root, tmp_path):
+    make_video(tmp_path / "a.mp4", 10)  # its frames get lighter
+    clip = replace(CLIPS[0], path=str(tmp_path / "a.mp4"), frame=9)
+    light = []
+    for frame in ("first", "peak"):
+        cfg = DataConfig(data_root=str(root), frame=frame)
+        features = Features(ROWS, "eva", cfg, Drawn())
+        assert features.describe()["eva"] == {"dim": 3, "encoder": "drawn", "frame": frame}
+        assert features(clip)["image"].shape == (4, 3)
+        light.append(float(features(clip)["cls"].mean()))
+        assert not features(CLIPS[1]).keys() & {"image", "cls"}  # no file
+    assert light[0] + 5 < light[1]
+
+
+def test_online_a_broken_video_counts_as_absent_and_too_many_end_the_run(root, tmp_path):
+    said = []
+    clips = [replace(clip, path=str(tmp_path / f"{clip.id}.mp4")) for clip in CLIPS]
+    for clip in clips:
+        (tmp_path / f"{clip.id}.mp4").write_bytes(b"no film")
+    features = Features(ROWS, "eva", DataConfig(data_root=str(root)), Drawn())
+    features.scan(clips, 0.2, said.append)
+    assert features(clips[0]).keys() == features(clips[0]).keys() == {"face", "voice"}
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path}/a.mp4: ")
+    assert said[0].endswith("; its picture counts as absent")
+    with pytest.raises(UserError, match="2 of 6 clips have no readable frame, the last: .*b.mp4.*--max-bad 0.2"):
+        features(clips[1])
+
+
+def test_features_of_other_weights_than_in_training_are_refused(root):
+    features = Features(ROWS, "eva", DataConfig(data_root=str(root)))
+    features.check_made(features.describe())
+    made = features.describe()
+    made["eva"]["weights_sha256"] = {"a": "1"}
+    features.check_made(made)  # unknown here
+    features.stores["eva"].info["weights_sha256"] = {"a": "2"}
+    with pytest.raises(UserError, match="features 'eva' are made with other weights of eva than in training"):
+        features.check_made(made)
 
 
 # ---- prompts

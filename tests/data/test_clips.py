@@ -94,7 +94,7 @@ def test_online_a_broken_video_counts_as_absent_and_too_many_end_the_run(root, t
     assert len(said) == 1
     assert said[0].startswith(f"{tmp_path}/a.mp4: ")
     assert said[0].endswith("; its picture counts as absent")
-    with pytest.raises(UserError, match="2 of 6 clips have no readable frame, the last: .*b.mp4.*--max-bad 0.2"):
+    with pytest.raises(UserError, match=r"2 of 6 clips have no readable frame, the last: .*b\.mp4.*--max-bad 0\.2"):
         features(clips[1])
 
 

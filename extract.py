@@ -33,7 +33,7 @@ class Config:
     image_size: int | None = opt(None, "side in pixels that a frame is resized to; default: the encoder's")
     device: str = opt("auto", "cpu, cuda, cuda:N or auto; encoders that read clip by clip run on the CPU")
     tokens_per_batch: int | None = opt(None, "rows that are encoded at once; default: 1,024 on a CPU, 16,384 on a GPU")
-    num_workers: int = opt(2, "threads that decode; 0: none beside the main one")
+    num_workers: int = opt(2, "processes that decode; 0: none beside the main one")
     npy: str | None = opt(None, "folder for one <id>.npy a clip beside the store, the layout of MER2023")
     max_bad: float = opt(0.01, "largest share of clips that may fail")
     resume: bool = opt(False, "continue the extraction in --out")

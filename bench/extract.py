@@ -57,7 +57,7 @@ class Config:
     repeats: int = opt(3, "rounds", "--repeats")
     checked: int = opt(20, "clips compared with transformers alone", "--checked")
     tokens_per_batch: int | None = opt(None, "as for extract.py", "--tokens-per-batch")
-    num_workers: int = opt(0, "threads of ours that decode", "--num-workers")
+    num_workers: int = opt(0, "processes of ours that decode", "--num-workers")
     threads: int = opt(1, "threads of PyTorch", "--threads")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     write: bool = opt(True, "append to bench/RESULTS.md", "--write")

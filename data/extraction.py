@@ -9,12 +9,17 @@ import contextlib
 import csv
 import hashlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from data.media import Absent, MediaError, seconds
 CHUNK = 512  # clips of a shard, and what a kill costs at most on each rank
 ROWS = {"frames": 500, "tokens": 64, "patches": 1025}  # of ten seconds, a sentence and a picture of 448 pixels
 TOKENS = {"cpu": 1024, "cuda": 16384}  # of a batch: on a CPU larger ones are not faster, and take more memory
+AHEAD = 4  # clips of each process that are decoded before they are needed
 PADDING = 0.2  # largest share of a batch that is no clip's
 LINE = 30  # seconds between lines of progress where there is no terminal
 
@@ -173,7 +179,7 @@ def write_plan(folder: Path, parts: list[dict[str, Any]]) -> None:
 
 
 class Work:
-    """How clips become features: read() decodes in any thread, take() and rest() encode where the weights are."""
+    """How clips become features: read() decodes in any process, take() and rest() encode where the weights are."""
 
     def __init__(self, encoder: Any, pooling: str, frame: str, device: torch.device, tokens: int | None) -> None:
         self.encoder, self.pooling, self.frame, self.device = encoder, pooling, frame, device
@@ -184,11 +190,11 @@ class Work:
         self.found: dict[str, Input] = {}
         self.batch: list[tuple[Clip, Tensor, float | None, int]] = []
 
-    def order(self, clips: list[Clip], pool: ThreadPoolExecutor | None) -> list[Clip]:
+    def order(self, clips: list[Clip], pool: Executor | None) -> list[Clip]:
         """The clips as they are best encoded together, longest first; memory runs out at once or never."""
         if not self.batched or self.encoder.modality == "video":  # of which all are equally long
             return clips
-        sizes = list(map(self.guess, clips) if pool is None else pool.map(self.guess, clips))
+        sizes = list(map(self.guess, clips) if pool is None else pool.map(_guess, clips, chunksize=16))
         return [clips[i] for i in sorted(range(len(clips)), key=lambda i: -sizes[i])]
 
     def guess(self, clip: Clip) -> float:
@@ -268,7 +274,7 @@ def fits(rows: list[int], tokens: int) -> bool:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums come out the same in the main thread and in worker threads, which have one thread each."""
+    """Sums come out the same in this process and in those that decode, which have one thread each."""
     before = torch.get_num_threads()
     if before > 1:
         torch.set_num_threads(1)
@@ -284,11 +290,10 @@ def fill(
     progress: "Progress",
 ) -> bool:  # fmt: skip
     """Write each shard when the last of its clips is encoded; whether a stop cut it short."""
-    # threads suffice, for decoders and kernels let go of Python's lock
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers else None
+    pool = readers(work, workers) if workers and shards else None
     try:
         clips = (clip for _, part in shards for clip in work.order(part, pool))  # clips of the next shard are on hand
-        inputs = in_order(work.read, clips, pool, 4 * workers)
+        inputs = in_order(work.read, clips, pool, AHEAD * workers)
         for number, part in shards:
             for clip, given in islice(inputs, len(part)):
                 work.take(clip, given)
@@ -300,11 +305,54 @@ def fill(
             skipped = {clip.id: why(clip, value) for clip in part if isinstance(value := found[clip.id], MediaError)}
             ids, values, lengths = zip(*good, strict=True) if good else ((), (), ())
             writer.write(number, ids, values, lengths, skipped)
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that decodes clips was killed, maybe for want of memory: lower --num-workers (now {workers}); "
+            "finished shards are kept, go on with --resume"
+        ) from None
     finally:
         progress.close()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return False
+
+
+def readers(work: Work, count: int) -> ProcessPoolExecutor:
+    """Processes that hold `work`, weights and all: by forking where that is safe, so that nothing is copied."""
+    context = get_context("fork" if sys.platform == "linux" else None)
+    return ProcessPoolExecutor(count, context, initializer=_begin, initargs=(work, os.getpid()))
+
+
+_work: Work  # of a process that decodes
+
+
+def _begin(work: Work, parent: int) -> None:
+    global _work
+    _work = work
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us when the shard is whole
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # a parent that was killed cannot
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _guess(clip: Clip) -> float:
+    return _work.guess(clip)
+
+
+def _read(clip: Clip) -> tuple[Any, float | None] | MediaError:
+    """Work.read() with an array in place of the tensor, which would take a file and shared memory to hand over."""
+    given = _work.read(clip)
+    return given if isinstance(given, MediaError) else (given[0].numpy(), given[1])
+
+
+def received(given: tuple[Any, float | None] | MediaError) -> Input:
+    return given if isinstance(given, MediaError) else (torch.from_numpy(given[0]), given[1])
 
 
 def why(clip: Clip, error: MediaError) -> tuple[str, bool]:
@@ -313,21 +361,21 @@ def why(clip: Clip, error: MediaError) -> tuple[str, bool]:
 
 
 def in_order(
-    work: Callable[[Clip], Input], clips: Iterable[Clip], pool: ThreadPoolExecutor | None, ahead: int
+    read: Callable[[Clip], Input], clips: Iterable[Clip], pool: Executor | None, ahead: int
 ) -> Iterator[tuple[Clip, Input]]:
-    """Each clip with what work() makes of it, in order; up to `ahead` are worked at before they are asked for."""
+    """Each clip with what is read of it, in order; the pool's processes are up to `ahead` clips before that."""
     if pool is None:
-        yield from ((clip, work(clip)) for clip in clips)
+        yield from ((clip, read(clip)) for clip in clips)
         return
     waiting = deque()
     for clip in clips:
-        waiting.append((clip, pool.submit(work, clip)))
+        waiting.append((clip, pool.submit(_read, clip)))
         if len(waiting) > ahead:
             clip, result = waiting.popleft()
-            yield clip, result.result()
+            yield clip, received(result.result())
     while waiting:
         clip, result = waiting.popleft()
-        yield clip, result.result()
+        yield clip, received(result.result())
 
 
 class Progress:

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +69,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_second_call_opens_what_the_first_made(clips, run, tmp_path, workers):
     first = run(clips, workers=workers)
-    assert sorted(first.seen) == [1600, 3200, 4800, 6400]
+    assert sorted(first.seen) == ([] if workers else [1600, 3200, 4800, 6400])  # else other processes saw them
     assert first.said[0].startswith(f"{tmp_path / 'store'}: 4 clips, width 1, ")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     second = run(clips, workers=workers)
@@ -78,6 +79,45 @@ def test_a_second_call_opens_what_the_first_made(clips, run, tmp_path, workers):
         assert store.ids == ["1", "2", "3", "4"]
         assert store["3"].item() == pytest.approx(0.3)
         assert [store.length(id) for id in store.ids] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+class Doomed(Toy):
+    """Notes which process encodes; the longest clip kills it."""
+
+    def __init__(self, folder, patience=0.0):
+        super().__init__()
+        self.folder, self.patience = folder, patience
+
+    def encode(self, x, pooling):
+        (self.folder / f"{os.getpid()}.pid").touch()
+        time.sleep(self.patience)
+        if len(x) == 6400 and not self.patience:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(x, pooling)
+
+
+def test_a_decoding_process_that_dies_is_said_in_one_line(clips, run, tmp_path):
+    with pytest.raises(UserError, match=r"^a process that decodes clips was killed.*\(now 1\).*--resume"):
+        run(clips, Doomed(tmp_path), workers=1)
+    assert len(run(clips).store) == 4
+
+
+def test_processes_that_decode_end_with_a_parent_that_was_killed(clips, tmp_path):
+    def work():
+        extract(clips, Doomed(tmp_path, 0.3), "stats", tmp_path / "store", HERE, workers=2, say=lambda line: None)
+
+    parent = get_context("fork").Process(target=work)
+    parent.start()
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    children = [Path("/proc", path.stem) for path in tmp_path.glob("*.pid")]
+    while any(child.exists() and " Z " not in (child / "stat").read_text() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_only_what_is_missing_is_made(clips, run):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,12 @@ def load_strict(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignore: tuple[str, ...] = (),
+    then: Callable[[str], None] | None = None,
 ) -> None:
     """Give `module` (may be on meta) a folder's tensors, one at a time, straight to dtype and device.
 
     Names ending in one of `ignore` are left out on both sides; a missing, unexpected or misshapen one is a UserError.
+    `then` is called with the name of each tensor that has found its place.
     """
     files = {name: file for name, file in tensor_files(folder).items() if not name.endswith(ignore)}
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
@@ -174,6 +176,8 @@ def load_strict(
         for name in (name for name in wanted if files[name] == file):
             tensor = shard.get_tensor(name)
             _assign(module, name, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
+            if then is not None:
+                then(name)
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

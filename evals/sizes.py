@@ -11,6 +11,7 @@ from data.manifest import Clip
 from data.prompts import pick_question, process_answer
 from model.llm import Llama, LlamaConfig
 from model.mllm import Mllm, MllmConfig
+from model.quant import BITS
 from model.tokenizer import Tokenizer
 
 # shapes of published models, for an estimate before their weights are here
@@ -94,12 +95,14 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
 
 
 def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: int) -> list[str]:
-    """Estimated peak on one GPU beside common cards: bf16 base, fp32 adapters with Adam's moments, activations.
+    """Estimated peak on one GPU beside common cards: a base in bf16 or in few bits, fp32 adapters with Adam's moments, activations.
 
     A frozen linear keeps nothing for its backward: a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one
     hidden row where it is recomputed.
     """
-    weights = (4 if cfg.full else 2) * base + (12 if cfg.full else 16) * trained
+    ends = llm.vocab_size * llm.hidden_size * (1 if llm.tie_word_embeddings else 2)  # embeddings and head: never packed
+    packed = (base - ends) * BITS[cfg.quant] / 8 + 2 * ends if cfg.quant in BITS else 2 * base
+    weights = (4 * base if cfg.full else packed) + (12 if cfg.full else 16) * trained
     layer = 2 * (7 * llm.hidden_size + 3 * llm.intermediate_size)
     kept = 2 * llm.hidden_size * llm.num_hidden_layers + layer if cfg.grad_checkpoint else layer * llm.num_hidden_layers
     total = (weights + tokens * kept + CONTEXT) / 1e9

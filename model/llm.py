@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.config import UserError
 from common.weights import find_weights, load_strict, read_json
+from model.quant import quantize
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -210,15 +211,27 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        folder: str | os.PathLike,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quant: str | None = None,
     ) -> "Llama":
-        """A published or saved model, from a folder or a hub name (see find_weights), in eval mode."""
+        """A published or saved model, from a folder or a hub name (see find_weights), in eval mode.
+
+        With `quant` (int8 or nf4) the linears of its layers are put into few bits as they are read.
+        """
         folder = find_weights(folder, "llama weights")
         config = LlamaConfig.from_json(folder / "config.json")
         with torch.device("meta"):
             llm = cls(config)
         tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-        load_strict(llm, folder, dtype, device, ignore=("rotary_emb.inv_freq", *tied))
+
+        def shrink(name: str) -> None:
+            if quant is not None and name.endswith("_proj.weight"):
+                quantize(llm, name.removesuffix(".weight"), quant)
+
+        load_strict(llm, folder, dtype, device, ignore=("rotary_emb.inv_freq", *tied), then=shrink)
         llm._tie()
         return llm.eval()
 

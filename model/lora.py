@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.config import UserError
 from common.weights import check_names, check_shapes, read_json, read_tensors
+from model.quant import LINEARS, QuantLinear
 
 PREFIX = "base_model.model."  # of every key in PEFT's files
 
@@ -22,11 +23,11 @@ class LoRALinear(nn.Module):
 
     _unmerged: Tensor | None
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear | QuantLinear, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         if r <= 0:
             raise UserError(f"lora_r: {r} is not positive")
-        device = base.weight.device
+        device = base.weight.device if isinstance(base, nn.Linear) else base.device
         self.base = base.requires_grad_(False)
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
@@ -64,7 +65,7 @@ def add_lora(module: nn.Module, targets: list[str], r: int, alpha: float, dropou
     In `module` only adapters stay trainable.
     """
     inside = tuple(f"{name}." for name in adapters(module))
-    linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inside)}
+    linears = {n: m for n, m in module.named_modules() if isinstance(m, LINEARS) and not n.startswith(inside)}
     for target in targets:
         if not any(_ends_in(name, target) for name in linears):
             there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
@@ -87,6 +88,8 @@ def merge_lora(module: nn.Module) -> None:
     """Add every update to its base weight: no adapter cost at inference. The base weight is kept for unmerge_lora."""
     for adapter in adapters(module).values():
         if not adapter.merged:
+            if not isinstance(adapter.base, nn.Linear):
+                raise UserError("adapters cannot be merged into a base of few bits: load it without --quant")
             weight = adapter.base.weight
             adapter._unmerged = weight.data
             weight.data = (weight.float() + adapter.delta()).to(weight.dtype)
@@ -96,6 +99,7 @@ def unmerge_lora(module: nn.Module) -> None:
     """Undo merge_lora, to the bit."""
     for adapter in adapters(module).values():
         if adapter._unmerged is not None:
+            assert isinstance(adapter.base, nn.Linear)
             adapter.base.weight.data, adapter._unmerged = adapter._unmerged, None
 
 
@@ -164,7 +168,7 @@ def save_peft(module: nn.Module, folder: str | os.PathLike, base_name: str = "")
         raise ValueError("the module has no LoRA adapters to save")
     first = next(iter(found.values()))
     leaves = {name.rsplit(".", 1)[-1] for name in found}
-    bare = {name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    bare = {name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, LINEARS)}
     r, alpha = first.lora_A.out_features, first.scaling * first.lora_A.out_features
     config = {
         "peft_type": "LORA",

@@ -52,6 +52,10 @@ class MllmConfig:
     merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
     end_sym: str = opt("</s>", "the special token that ends an answer")
     max_txt_len: int = opt(1024, "longest answer in tokens")
+    quant: str = opt(
+        "none", "hold the frozen base in few bits a weight: half or a quarter of bf16's memory", "--quant",
+        choices=("none", "int8", "nf4"),
+    )  # fmt: skip
     max_len: int = opt(3800, "longest sequence; cut on the right")
     grad_checkpoint: bool = opt(True, "recompute a layer's activations in the backward pass", "--grad-checkpoint")
 
@@ -191,6 +195,8 @@ class Mllm(nn.Module):
             raise UserError(
                 f"--image-size {cfg.image_size}: needs a multiple of 14 whose patches divide by {cfg.merge}"
             )
+        if cfg.full and cfg.quant != "none":
+            raise UserError(f"--quant {cfg.quant} is for a frozen base; --full trains all of it")
         self.cfg = cfg
         self.llm = llm.requires_grad_(cfg.full)
         if not cfg.full:
@@ -255,7 +261,8 @@ def build(
     if cfg.full and folder is not None:
         llm = Llama(LlamaConfig.from_json(folder / "llm_config.json")).to(device, dtype)
     else:
-        llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device))
+        quant = None if cfg.quant == "none" else cfg.quant
+        llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device), quant)
     if folder is not None and (folder / "tokenizer.model").is_file():
         tokenizer = Tokenizer(folder, cfg.end_sym)
     else:

@@ -130,7 +130,7 @@ FLAGS = {
         model.feature_tokens, model.feature_dropout, model.end_sym, model.normalize,
         model.visual, model.visual_encoder --visual-encoder, model.visual_weights, model.visual_options,
         model.visual_width, model.image_size --image-size, model.merge,
-        model.max_txt_len, model.max_len, model.grad_checkpoint --grad-checkpoint,
+        model.max_txt_len, model.quant --quant, model.max_len, model.grad_checkpoint --grad-checkpoint,
         data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,
         data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.prompt_layout,

@@ -95,9 +95,9 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
 
 
 def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: int) -> list[str]:
-    """Estimated peak on one GPU beside common cards: a base in bf16 or in few bits, fp32 adapters with Adam's moments, activations.
+    """Estimated peak on one GPU beside common cards.
 
-    A frozen linear keeps nothing for its backward: a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one
+    The base in bf16 or in few bits, fp32 adapters with Adam's moments, activations. A frozen linear keeps nothing for its backward: a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one
     hidden row where it is recomputed.
     """
     ends = llm.vocab_size * llm.hidden_size * (1 if llm.tie_word_embeddings else 2)  # embeddings and head: never packed

@@ -97,8 +97,8 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
 def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: int) -> list[str]:
     """Estimated peak on one GPU beside common cards.
 
-    The base in bf16 or in few bits, fp32 adapters with Adam's moments, activations. A frozen linear keeps nothing for its backward: a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one
-    hidden row where it is recomputed.
+    The base in bf16 or in few bits, fp32 adapters with Adam's moments, activations: a frozen linear keeps nothing for
+    its backward, so a layer stores 7 hidden and 3 MLP rows a token (2 bytes each), one hidden row where recomputed.
     """
     ends = llm.vocab_size * llm.hidden_size * (1 if llm.tie_word_embeddings else 2)  # embeddings and head: never packed
     packed = (base - ends) * BITS[cfg.quant] / 8 + 2 * ends if cfg.quant in BITS else 2 * base

@@ -95,6 +95,7 @@ def main(cfg: Config) -> None:
         out = place(cfg, predictor.folder, bench)
         out.mkdir(parents=True, exist_ok=True)
         settings = {"bench": bench, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(cfg.decode)}
+        settings["speaker_norm"] = data_cfg.speaker_norm
         (out / "metrics.json").write_text(json.dumps(settings | scores, indent=1))
         with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

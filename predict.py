@@ -23,7 +23,7 @@ from data.clips import DataConfig, Sample, make_sample
 from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
-from data.pairs import MODALITIES, assemble, standardize_speakers
+from data.pairs import MODALITIES, assemble, relative, speaker_statistics, standardize_speakers
 from data.prompts import EMOTIONS9, emotion_question, parse_tagged, pick_question
 from data.resident import read
 from evals import emotion, speech
@@ -31,6 +31,7 @@ from evals.emotion import DecodeConfig
 from model import encoders, fusion, meld, mllm, slm
 
 MEDIA = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".flac", ".mp3", ".ogg", ".m4a", ".jpg", ".jpeg", ".png"}
+ALONE = "no other clip of its speaker is known, by which the sound would be standardised"
 
 
 @dataclass
@@ -139,7 +140,11 @@ class Predictor:
 
 
 class LlmPredictor(Predictor):
-    """Emotion-LLaMA: any question about a clip."""
+    """Emotion-LLaMA: any question about a clip.
+
+    With --speaker-norm a speaker's other clips are looked for among those that are answered together: of a manifest
+    that names speakers. The only clip of its speaker is refused, unless it has no utterance features.
+    """
 
     def __init__(
         self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
@@ -153,6 +158,7 @@ class LlmPredictor(Predictor):
         self.data = from_dict(DataConfig, state["config"]["data"])
         self.decode = decode or DecodeConfig()
         self.visual = self.mllm.cfg.visual
+        self.together = "speaker" if self.data.speaker_norm else None
 
     def sample(
         self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
@@ -192,10 +198,36 @@ class LlmPredictor(Predictor):
 
     def answer(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
+        alone = self._standardize(samples) if self.together else set()
+        results = {id: {"id": id, "error": f"{id}: {ALONE} (a manifest can name it)"} for id in alone}
+        known = [sample for sample in samples if sample.id not in alone]
+        results |= {result["id"]: result for result in self._answers(known, question, missing)}
+        return [results[sample.id] for sample in samples]
+
+    def _standardize(self, samples: list[Sample]) -> set[str]:
+        """Standardises utterance features by speaker; the ids of those that no other clip of theirs stands beside."""
+        alone = set()
+        slots = self.mllm.cfg.features
+        for speaker in {sample.speaker for sample in samples}:
+            for name in slots:
+                own = [s for s in samples if s.speaker == speaker and name in s.values]
+                if speaker is None or len(own) == 1:
+                    alone |= {sample.id for sample in own}
+                elif own:
+                    statistics = speaker_statistics(speaker, torch.cat([sample.values[name] for sample in own]))
+                    for sample in own:
+                        sample.values[name] = relative(sample.values[name], *statistics)
+        return alone
+
+    def _answers(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+        if not samples:
+            return []
         scored = question is None or samples[0].task == "emotion"
         decode = replace(self.decode, decode="score" if scored else "generate")
         out = []
-        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, len(samples)):
+        # a speaker's clips may be more than --batch-size asks for
+        size = 8 if self.together else len(samples)
+        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, size):
             absent = missing[record["id"]]
             streams = [name for name in (*self.made, "text") if name not in absent]
             result = {"id": record["id"], "available_modalities": streams, "missing": absent}
@@ -313,14 +345,13 @@ class SpeechPredictor(Predictor):
     def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """Label, confidence and probabilities of each sample."""
         counts = Counter(sample.clip.speaker for sample in samples if self.own in sample.values)
-        problem = "no other clip of its speaker is known, by which the sound would be standardised"
         results = {}
         for sample in samples:
             if self.own not in sample.values or counts[sample.clip.speaker] > 1:
                 continue
-            missing = missing | {sample.id: missing[sample.id] | {"speaker": problem}}
+            missing = missing | {sample.id: missing[sample.id] | {"speaker": ALONE}}
             if len(sample.values[self.own]) == 1:
-                results[sample.id] = {"id": sample.id, "error": f"{sample.id}: {problem} (a manifest can name it)"}
+                results[sample.id] = {"id": sample.id, "error": f"{sample.id}: {ALONE} (a manifest can name it)"}
         results |= self._answers([sample for sample in samples if sample.id not in results], missing)
         return [results[sample.id] for sample in samples]
 

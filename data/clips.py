@@ -18,6 +18,7 @@ from data.features import FeatureStore, NpyFolder, encode_clip, open_features
 from data.manifest import Clip, leak_check, read_manifest, split_by_group
 from data.media import Absent, MediaError
 from data.merr import load_merr
+from data.pairs import by_speaker, relative, speaker_statistics
 
 VISUAL = ("image", "cls")  # the two slots one store of visual tokens fills
 KNOWN_TESTS = (
@@ -50,6 +51,10 @@ class DataConfig:
     augmentation_prob: float = opt(0.5, "probability of each augmentation", span=(0.0, 1.0))
     shuffle_labels: bool = opt(False, "control: permute the training labels among clips")
     max_bad: float = opt(0.01, "largest share of unreadable features")
+    speaker_norm: bool = opt(
+        False, "standardise utterance features by all clips of their speaker in the split, without looking at labels",
+        "--speaker-norm",
+    )  # fmt: skip
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Sample:
     prompt: str
     target: str
     path: str | None = None  # of the clip's media
+    speaker: str | None = None
 
 
 def make_sample(
@@ -87,7 +93,7 @@ def make_sample(
     pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
     answer = encode(f"{target}</s>") if target is not None else []
-    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path)
+    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path, clip.speaker)
 
 
 class Features:
@@ -116,6 +122,7 @@ class Features:
         self.keep = set(cfg.streams) or set(rows)
         self.broken: dict[tuple[str, str], str] = {}  # (stream, clip) -> what is wrong
         self.lose: Callable[[str], None] = lambda problem: None  # what happens at a clip that cannot be encoded online
+        self.own: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (stream, clip) -> its speaker's mean, deviation
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -140,7 +147,8 @@ class Features:
             if value is not None and name == self.visual:
                 values |= {"image": value[1:], "cls": value[:1]}
             elif value is not None:
-                values[name] = value
+                own = self.own.get((name, clip.id))
+                values[name] = value if own is None else relative(value, *own)
         return {name: value for name, value in values.items() if name in self.keep}
 
     def _read(self, name: str, clip: Clip) -> Tensor | None:
@@ -198,6 +206,16 @@ class Features:
             )
         say(f"{problem}; its picture counts as absent")
 
+    def standardize_speakers(self, clips: Sequence[Clip]) -> None:
+        """Utterance features of these clips are from now on relative to those of all their speaker's clips here."""
+        for speaker, places in by_speaker(clips).items():
+            for name in [name for name in self.stores if name != self.visual]:
+                read = {clips[i].id: self._read(name, clips[i]) for i in places}
+                found = {id: value for id, value in read.items() if value is not None}
+                if found:
+                    own = speaker_statistics(speaker, torch.cat(list(found.values())))
+                    self.own |= {(name, id): own for id in found}
+
     def describe(self) -> dict[str, dict]:
         """How each store was made, so that predict.py can make the same features of a new clip."""
         made = {name: store.info | {"dim": store.dim} for name, store in self.stores.items()}
@@ -239,6 +257,8 @@ class ClipData:
         seed: int = 0,
     ) -> None:
         self.features, self.cfg, self.encode, self.train, self.seed = features, cfg, encode, train, seed
+        if cfg.speaker_norm:
+            features.standardize_speakers(clips)
         self.clips, self.without_task = [], 0
         for clip in clips:
             if not train or self._tasks(clip):
@@ -297,11 +317,12 @@ class ClipData:
         return clip, values
 
     def coverage(self) -> str:
-        """ "image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream."""
+        """ "image 120/120, HL-UTT 118/120, text 97/120": how many clips have each stream; and --speaker-norm."""
         stores = {name: sum(clip.id in store for clip in self.clips) for name, store in self.features.stores.items()}
         stores |= {name: sum(clip.path is not None for clip in self.clips) for name in self.features.online}
         stores["text"] = sum(clip.text is not None for clip in self.clips)
-        return ", ".join(f"{name} {count}/{len(self)}" for name, count in stores.items())
+        counts = ", ".join(f"{name} {count}/{len(self)}" for name, count in stores.items())
+        return counts + ("; standardised by all clips of their speaker" if self.cfg.speaker_norm else "")
 
     def class_counts(self) -> dict[str, int]:
         return {label: self.labels.count(label) for label in self.cfg.labels}

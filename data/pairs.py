@@ -280,21 +280,40 @@ def reopen(
 
 def standardize_speakers(part: Ragged, clips: Sequence[Clip]) -> None:
     """Gives the frames of every speaker mean 0 and deviation 1, over all of that speaker's clips."""
+    none = len(part.values) - 1
+    part.values = part.values.clone()
+    for speaker, members in by_speaker(clips).items():
+        rows = part.rows[members].flatten()
+        rows = rows[rows < none]
+        frames = part.values[rows]
+        part.values[rows] = relative(frames, *speaker_statistics(speaker, frames))
+
+
+def by_speaker(clips: Sequence[Clip]) -> dict[str, list[int]]:
+    """Where the clips of each speaker are; UserError for a clip that names none."""
     whose: dict[str, list[int]] = {}
     for i, clip in enumerate(clips):
         if clip.speaker is None:
             raise UserError(f"--speaker-norm: clip '{clip.id}' names no speaker")
         whose.setdefault(clip.speaker, []).append(i)
-    none = len(part.values) - 1
-    part.values = part.values.clone()
-    for speaker, members in whose.items():
-        rows = part.rows[members].flatten()
-        rows = rows[rows < none]
-        if len(rows) == 1:
-            raise UserError(f"--speaker-norm: speaker {speaker} has one vector, which cannot be compared with others")
-        frames = part.values[rows].double()
-        finite = frames.isfinite()
-        n = finite.sum(0).clamp_min(1)
-        mean = torch.where(finite, frames, 0.0).sum(0) / n
-        spread = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
-        part.values[rows] = ((frames - mean) / torch.where(spread > 1e-6, spread, torch.inf)).float()
+    return whose
+
+
+def speaker_statistics(speaker: str, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,), float64, of the finite values of a speaker's frames (n, D); one frame is a UserError.
+
+    The deviation of a column that does not vary is infinite, so that its relative value is 0.
+    """
+    if len(frames) == 1:
+        raise UserError(f"--speaker-norm: speaker {speaker} has one vector, which cannot be compared with others")
+    frames = frames.double()
+    finite = frames.isfinite()
+    n = finite.sum(0).clamp_min(1)
+    mean = torch.where(finite, frames, 0.0).sum(0) / n
+    spread = (torch.where(finite, frames - mean, 0.0).square().sum(0) / n).sqrt()
+    return mean, torch.where(spread > 1e-6, spread, torch.inf)
+
+
+def relative(frames: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """Frames in deviations from their speaker's mean."""
+    return ((frames.double() - mean) / spread).float()

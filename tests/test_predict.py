@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 import eval as evaluation
 import predict
+import train_llm
 from common import config
 from common.config import UserError
 from data.features import FeatureStore
-from data.manifest import Clip
+from data.manifest import Clip, read_manifest, write_manifest
 from data.merr import load_merr
 from data.prompts import EMOTIONS6
+from tests.conftest import handlers
 
 KEYS = ["id", "available_modalities", "missing", "emotion", "confidence", "probabilities"]
 
@@ -133,6 +136,47 @@ def test_a_manifest(trained, clips, evaluated, tmp_path, capsys):
     assert [result.get("emotion") for result in results[:3]] == [evaluated[clip.id]["prediction"] for clip in clips[:3]]
     assert list(results[3]) == ["id", "error"]
     assert str(tmp_path / "gone.mp4") in results[3]["error"]
+
+
+@pytest.fixture(scope="module")
+def by_speaker(trained, clips, tmp_path_factory):
+    """A run whose voices are standardised by speaker, and the manifest of its clips."""
+    root = tmp_path_factory.mktemp("by_speaker")
+    known = load_merr(trained.data, "MERR_coarse_grained.txt")[0]
+    rows = [replace(clip, split=split, speaker=f"{split}{i % 2}", group=None)
+            for split, part in (("train", known), ("test", clips)) for i, clip in enumerate(part)]  # fmt: skip
+    write_manifest(root / "manifest.csv", rows)
+    argv = ["--ckpt", trained.run, "--cfg", trained.run / "config.yaml", "--manifest", root / "manifest.csv",
+            "--speaker-norm", "--epochs", 2, "--no-evaluate", "--no-save-best", "--out", root / "run"]  # fmt: skip
+    with handlers():
+        train_llm.main(config.load(train_llm.Config, list(map(str, argv))))
+    return root
+
+
+def test_a_checkpoint_says_that_speakers_are_standardised(by_speaker, clips, tmp_path, capsys):
+    """eval.py and predict.py do as training did; a clip whose speaker is unknown or alone is refused."""
+    evaluation.main(config.load(evaluation.Config, ["--ckpt", str(by_speaker / "run"), "--out", str(tmp_path)]))
+    assert "; standardised by all clips of their speaker)" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    trained = json.loads((by_speaker / "run" / "results.json").read_text())["test"]["score"]
+    assert metrics["speaker_norm"] is True
+    assert (metrics["confusion"], metrics["uar"]) == (trained["confusion"], trained["uar"])
+    expected = {r["id"]: r for r in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())}
+    model = predict.load(by_speaker / "run")
+    rows = [clip for clip in read_manifest(by_speaker / "manifest.csv") if clip.split == "test"]
+    found = {result["id"]: result for result in predict.predictions(model, rows, None, 1)}
+    assert list(found) == [clip.id for clip in rows] == list(expected)
+    for id, result in found.items():
+        assert result["probabilities"] == pytest.approx(expected[id]["probabilities"], abs=1e-4)
+    problem = "no other clip of its speaker is known, by which the sound would be standardised (a manifest can name it)"
+    with pytest.raises(UserError) as error:
+        model(rows[0])
+    assert str(error.value) == f"{rows[0].id}: {problem}"
+    others = [replace(rows[0], speaker=None), replace(rows[1], speaker=None), *rows[2:]]
+    found = list(predict.predictions(model, others, None, 99))
+    assert [list(result) for result in found[:2]] == [["id", "error"]] * 2
+    assert all("emotion" in result for result in found[2:])
+    assert model(text="what a day")["available_modalities"] == ["text"]
 
 
 def test_one_file_and_its_words(trained, clips, evaluated, capsys):

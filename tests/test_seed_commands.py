@@ -135,7 +135,7 @@ FLAGS = {
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,
         data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.prompt_layout,
         data.chat_template, data.frame, data.streams, data.enable_augmentation, data.augmentation_prob,
-        data.shuffle_labels, data.max_bad,
+        data.shuffle_labels, data.max_bad, data.speaker_norm --speaker-norm,
         optim.lr --lr, optim.min_lr --min-lr, optim.warmup_lr --warmup-lr, optim.warmup_steps --warmup-steps,
         optim.schedule --schedule, optim.weight_decay --weight-decay, optim.beta2, optim.grad_clip --grad-clip,
         decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams,

@@ -9,7 +9,7 @@ import torch
 
 from common.config import UserError
 from data.clips import ClipData, DataConfig, Features, load_splits, load_test, make_sample
-from data.features import StoreWriter
+from data.features import FeatureStore, StoreWriter
 from data.manifest import Clip
 from data.prompts import EMOTIONS9, QUESTIONS
 from tests.data.test_media import make_video
@@ -348,3 +348,63 @@ def test_a_list_of_validation_clips(merr):
     with pytest.raises(UserError) as error:
         load_test(replace(cfg, test_file=None), silent)
     assert str(error.value) == "--test-file is not set"
+
+
+# ---- features standardised by speaker
+
+SPEAKERS = [replace(clip, speaker="x" if clip.id in "ace" else "y") for clip in CLIPS]
+
+
+def test_utterance_features_are_relative_to_their_speaker(root):
+    """Against the float64 formula over the speaker's own clips; pictures stay, what is missing stays missing."""
+    raw, data = dataset(root), dataset(root, clips=SPEAKERS, speaker_norm=True)
+    for i, clip in enumerate(SPEAKERS):
+        before, after = raw.sample(i).values, data.sample(i).values
+        assert before.keys() == after.keys()
+        for name in before:
+            if name in ("image", "cls"):
+                assert torch.equal(before[name], after[name])
+                continue
+            own = [raw.sample(j).values for j, other in enumerate(SPEAKERS) if other.speaker == clip.speaker]
+            x = np.concatenate([values[name].numpy() for values in own if name in values]).astype(np.float64)
+            expected = (before[name].numpy().astype(np.float64) - x.mean(0)) / x.std(0)
+            np.testing.assert_allclose(after[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert data.coverage() == f"{raw.coverage()}; standardised by all clips of their speaker"
+    assert torch.equal(data.only(["voice"]).sample(0).values["voice"], data.sample(0).values["voice"])
+
+
+def test_a_speaker_is_standardised_over_clips_without_labels_too_but_not_over_broken_ones(root):
+    clips = [replace(clip, label=None if clip.id == "c" else clip.label) for clip in SPEAKERS]
+    labelled = dataset(root, train=True, clips=clips, speaker_norm=True, task_pool={"emotion": 1.0})
+    everything = dataset(root, clips=SPEAKERS, speaker_norm=True)
+    assert [clip.id for clip in labelled.clips] == list("abdef")
+    assert torch.equal(labelled.sample(0).values["face"], everything.sample(0).values["face"])
+
+
+def test_a_broken_feature_does_not_spoil_its_speaker(root, tmp_path):
+    writer = StoreWriter(tmp_path / "more" / "voice", {"dim": 5, "encoder": "voice"})
+    x = {id: FeatureStore(root / "voice")[id] for id in "abcde"}
+    for id in x:
+        writer.add(id, torch.full((5,), torch.nan) if id == "c" else x[id])
+    writer.finish()
+    cfg = DataConfig(data_root=str(tmp_path / "more"), labels=LABELS, speaker_norm=True)
+    data = ClipData(SPEAKERS, Features({"voice": (1, 5)}, None, cfg), cfg, encode)
+    assert "voice" not in data.sample(2).values
+    sign = torch.sign(x["a"] - x["e"])  # of two values one is a deviation above their mean
+    torch.testing.assert_close(data.sample(0).values["voice"][0], sign, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("clip", "problem"),
+    [
+        (replace(SPEAKERS[4], speaker=None), "--speaker-norm: clip 'e' names no speaker"),
+        (
+            replace(SPEAKERS[4], speaker="z"),
+            "--speaker-norm: speaker z has one vector, which cannot be compared with others",
+        ),
+    ],
+)
+def test_clips_that_cannot_be_standardised_by_speaker(root, clip, problem):
+    with pytest.raises(UserError) as error:
+        dataset(root, clips=[*SPEAKERS[:4], clip, *SPEAKERS[5:]], speaker_norm=True)
+    assert str(error.value) == problem

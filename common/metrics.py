@@ -118,12 +118,32 @@ def calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15)
     return float(gaps.sum() / len(sure))
 
 
+# words that any description of anybody has
+_EVERYWHERE = frozenset(
+    "about also although another appear appears because been being between both character clip could describe does "
+    "down during each emotion emotional emotions even evident express expressed expresses expressing expression "
+    "expressions feel feeling feelings feels from have having here himself herself his her however indicate indicates "
+    "indicating into itself just like likely look looks make makes might mind more most much number only other over "
+    "overall person possible possibly rather same seem seems several should show showing shows since some something "
+    "speaker state still such suggest suggesting suggests than that their them themselves then there therefore these "
+    "they this those though through towards under upon very video well were what when where whether which while will "
+    "with within without woman would your".split()
+)
+
+
+def content_words(text: str) -> Counter:
+    """Words of four letters and more that say something; of Chinese text the pairs of neighbouring characters."""
+    words = Counter(re.findall(r"[^\W\d_\u3400-\u9fff]{4,}", text.lower()))
+    pairs = (run[i : i + 2] for run in re.findall(r"[\u3400-\u9fff]+", text) for i in range(len(run) - 1))
+    return Counter({word: n for word, n in words.items() if word not in _EVERYWHERE}) + Counter(pairs)
+
+
 def clue_overlap(reference: str, answer: str) -> float:
-    """0 to 10: ten times the F1 of the words of four letters and more that two descriptions share.
+    """0 to 10: ten times the F1 of the content words that two descriptions share.
 
     A lexical, offline stand-in for EMER's judged clue overlap: for choosing checkpoints, not comparable with it.
     """
-    a, b = (Counter(re.findall(r"[^\W\d_]{4,}", text.lower())) for text in (reference, answer))
+    a, b = content_words(reference), content_words(answer)
     shared, total = (a & b).total(), a.total() + b.total()
     return 20.0 * shared / total if total else 0.0
 

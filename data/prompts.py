@@ -140,14 +140,20 @@ def extract_label(answer: str, labels: Iterable[str], how: str = "robust") -> st
     if how == "original":
         last = answer.split()[-1:]
         return last[0] if last and last[0] in labels else None
-    phrases = _phrases(labels)
-    words = _words(answer)
-    found, denied, at = None, False, 0
+    found = named(answer, _phrases(labels))
+    return found[-1] if found else None
+
+
+def named(text: str, phrases: dict[tuple[str, ...], str]) -> list[str]:
+    """What the phrases in a text stand for, in its order, without those that it denies; longer phrases come first."""
+    words, starts = _words(text), {words[0] for words in phrases if words}
+    found, denied, at = [], False, 0
     while at < len(words):
-        phrase = next((phrase for phrase in phrases if tuple(words[at : at + len(phrase)]) == phrase), None)
-        if phrase is not None:
-            found = found if denied else phrases[phrase]
-            at += len(phrase)
+        same = (each for each in phrases if each and tuple(words[at : at + len(each)]) == each)
+        hit = next(same, None) if words[at] in starts else None
+        if hit is not None:
+            found += [] if denied else [phrases[hit]]
+            at += len(hit)
         else:
             denied = _negates(words[at]) or (denied and words[at] in _BETWEEN)
             at += 1
@@ -186,13 +192,18 @@ def _join_texts(pieces: list[str | Slot]) -> list[str | Slot]:
     return joined
 
 
+def phrase(text: str) -> tuple[str, ...]:
+    """The words of a text as named() compares them."""
+    return tuple(_words(text))
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[.,;:!?]", text.lower().replace("\u2019", "'"))
 
 
 def _phrases(labels: list[str]) -> dict[tuple[str, ...], str]:
     """Word sequences that name a label, the longest first; a label's own words come before other forms."""
-    phrases = {tuple(_words(label)): label for label in labels}
+    phrases = {phrase(label): label for label in labels}
     for label in labels:
         for form in next((forms for forms in _FORMS if label.lower() in forms), ()):
             phrases.setdefault((form,), label)

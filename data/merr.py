@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ COUNTS = {
 TRANSCRIPTS = ("transcription_en_all.csv", "transcription_all_new.csv")
 COARSE = ("MERR_coarse_grained.json", "AU_filter_merge.json")
 FINE = ("MERR_fine_grained.json", "0512_target_smp_end.json")
+FINE_FIELDS = ("smp_reason_caption", "reason_caption")
 MEDIA = (".mp4", ".avi", ".mkv", ".mov", ".jpg", ".png")  # the first that exists wins
 
 
@@ -48,19 +49,20 @@ def load_merr(
     fine: str | None = None,
     need_video: bool = False,
     labels: Iterable[str] | None = None,
+    rows: Sequence[tuple[int, str, str | None]] | None = None,
 ) -> tuple[list[Clip], Listing]:
     """Clips of one list with label, subtitle, captions, peak frame and video, as far as they exist under root.
 
     A clip is skipped for want of a video only with need_video. UserError: a named file is missing or malformed, or a
-    label is not one of `labels`.
+    label is not one of `labels`. `rows` are the list's (line, name, label), where it has a layout of its own.
     """
     root = Path(root)
     path = _named(root, annotation_file, "annotation_file")
-    rows = _read_list(path, None if labels is None else list(labels))
+    rows = _read_list(path, None if labels is None else list(labels)) if rows is None else rows
     videos = _video_index(root, image_path, need_video)
     texts = _transcript(_find(root, transcript, "transcript", TRANSCRIPTS))
-    coarse_entries = _entries(_find(root, coarse, "coarse", COARSE), ("caption",))
-    fine_entries = _entries(_find(root, fine, "fine", FINE), ("smp_reason_caption", "reason_caption"))
+    coarse_entries = read_captions(_find(root, coarse, "coarse", COARSE), ("caption",))
+    fine_entries = read_captions(_find(root, fine, "fine", FINE), FINE_FIELDS)
     clips: dict[str, Clip] = {}
     skipped = []
     for line, name, label in rows:
@@ -160,7 +162,7 @@ def _said(text: str | None) -> str | None:
     return None if text is None or text.strip().lower() in ("", "nan") else text
 
 
-def _entries(path: Path | None, fields: tuple[str, ...]) -> dict[str, tuple[str | None, int | None]]:
+def read_captions(path: str | Path | None, fields: tuple[str, ...]) -> dict[str, tuple[str | None, int | None]]:
     """name -> (caption, peak frame) of a caption JSON; the first of `fields` that is filled is the caption."""
     if path is None:
         return {}

@@ -4,10 +4,12 @@ $ python eval.py --ckpt out/llm_fast/checkpoints/best
 $ python eval.py --ckpt out/ravdess --decode generate --fold 2
 $ python eval.py --ckpt out/mosei --data-root datasets/mosei
 $ python eval.py --ckpt out/slm
+$ python eval.py --ckpt out/stage2 --bench emer --judge api --judge-url https://host/v1 --judge-model NAME
+$ python eval.py --bench emer --answers answers.csv --truth gt-eng.csv
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from common import checkpoint, config, dist, metrics
 from common.config import UserError, from_dict, opt
 from common.log import confusion_png
 from data import pairs
-from data.clips import ClipData, Features, load_test
+from data.clips import ClipData, DataConfig, Features, load_test
+from data.dfew import FOLDS, load_dfew
+from data.features import replace_file
 from data.mosei import open_corpus
-from data.prompts import LAYOUTS
+from data.prompts import EMOTIONS9, LAYOUTS
 from data.utterances import load_splits
-from evals import emotion, retrieval, sentiment, speech
+from evals import emer, emotion, judge, openset, retrieval, sentiment, speech, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
+from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
 from model import clap, fusion, meld, slm
 from model.mllm import load_visual
@@ -32,11 +37,25 @@ from predict import LlmPredictor, load
 class Config:
     ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
     bench: str | None = opt(
-        None, "mer2023: six labels of a MERR list; clips: any manifest or list; the others belong to one kind of "
-        "checkpoint; default: by checkpoint and data",
+        None, "; ".join(f"{name}: {bench.about}" for name, bench in BENCHMARKS.items()) + "; the others belong to one "
+        "kind of checkpoint; default: by checkpoint and data",
         "--bench", choices=(*BENCHMARKS, "mosei", "clap", "slm", "meld"),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    answers: str | None = opt(
+        None, "emer, mer-ov: score these instead of a checkpoint's (predictions.jsonl, or a CSV names,chi_reasons)",
+        "--answers",
+    )  # fmt: skip
+    truth: str | None = opt(
+        None, "emer: true descriptions, CSV or caption JSON; mer-ov: CSV name,openset; default: the clips' own",
+        "--truth",
+    )  # fmt: skip
+    synonyms: str | None = opt(None, "own groups of emotion words, one a line, commas between words", "--synonyms")
+    text_metrics: list[str] = opt(
+        [], "also compare answers with their references by these; they need requirements-extra.txt", "--text-metrics",
+        choices=tuple(texts.PACKAGES),
+    )  # fmt: skip
     out: str | None = opt(
         None, "folder for the results; default: eval/<benchmark>/<checkpoint> in the run folder", "--out"
     )
@@ -48,63 +67,211 @@ class Config:
     data_root: str | None = opt(None, "other place of the data than in training", "--data-root")
     features_root: str | None = opt(None, "other place of the feature stores")
     manifest: str | None = opt(None, "another manifest", "--manifest")
-    fold: str | None = opt(None, "another fold of the manifest", "--fold")
+    feature_folders: dict[str, str] = opt(
+        {}, "folders of feature streams that are not called as the model calls the stream", "--feature-folders"
+    )
+    fold: str | None = opt(None, "another fold of the manifest; dfew: one of its five", "--fold")
     test_file: str | None = opt(None, "another list of clips", "--test-file")
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
     prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
 
 
 def main(cfg: Config) -> None:
-    if not cfg.ckpt:
-        raise UserError("--ckpt is needed (a run folder or a checkpoint)")
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
+    if cfg.answers:
+        return score_answers(cfg, here, say) if here.main else None
+    if not cfg.ckpt:
+        raise UserError("--ckpt is needed (a run folder or a checkpoint)")
     folder = checkpoint.resolve(cfg.ckpt, prefer="best")
     state = checkpoint.read_state(folder)
-    system = state.get("system")
-    if system in OTHERS:
-        if cfg.bench not in (None, system):
-            raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
-        for name in READ["llm"]:
-            if name not in READ[system] and getattr(cfg, name):
-                raise UserError(f"--{name.replace('_', '-')}: not read for a checkpoint of {system}")
-        return OTHERS[system](cfg, folder, state, here, say) if here.main else None
-    if cfg.bench in OTHERS:
-        raise UserError(f"--bench {cfg.bench}: this checkpoint is a language model's (benchmarks: mer2023, clips)")
+    system = state.get("system") or "llm"
+    if system == "llm" and cfg.bench in OTHERS:
+        raise UserError(
+            f"--bench {cfg.bench}: this checkpoint is a language model's (benchmarks: {', '.join(BENCHMARKS)})"
+        )
+    if system == "llm":
+        return score_llm(cfg, here, say)
+    if cfg.bench not in (None, system):
+        raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
+    for name in READ["llm"]:
+        if name not in READ[system] and getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')}: not read for a checkpoint of {system}")
+    return OTHERS[system](cfg, folder, state, here, say) if here.main else None
+
+
+# ---- the multimodal language model
+
+
+def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
+    """A language model on one of the benchmarks of evals/emotion.py; the ranks share the clips."""
     predictor = load(cfg.ckpt, str(here.device), llm=cfg.llm)
     assert isinstance(predictor, LlmPredictor)
     say(f"{predictor.folder}: {predictor.coverage}")
+    name, data_cfg = choose(cfg, predictor.data)
+    bench = BENCHMARKS[name]
+    labels = list(bench.labels) or data_cfg.labels
+    decode = cfg.decode if bench.task == "emotion" else replace(cfg.decode, decode="generate")
+    free = FreeForm(cfg, name, here) if bench.task != "emotion" else None
+    texts.check(cfg.text_metrics)
+
+    # ---- clips and their features
+    if name == "dfew":
+        folds = {fold: load_dfew(data_cfg.data_root, fold, image_path=data_cfg.image_path)[0] for fold in wanted(cfg)}
+    else:
+        folds = {0: load_test(data_cfg, say)}
+    model_cfg = predictor.mllm.cfg
+    visual = load_visual(model_cfg, here.device)
+    features = Features(model_cfg.rows(), model_cfg.visual, data_cfg, visual,
+                        places(cfg, name, model_cfg.rows(), data_cfg))  # fmt: skip
+    features.check_made(predictor.made)
+    sets = {n: ClipData(clips, features, data_cfg, predictor.tokenizer.encode) for n, clips in folds.items()}
+    for n, data in sets.items():
+        say(f"{f'fold {n}: ' if n else ''}{len(data)} clips ({data.coverage()})")
+    dist.connect(here)
+
+    # ---- answers and their scores
+    settings = {"bench": name, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(decode)}
+    settings["speaker_norm"] = data_cfg.speaker_norm
+    out = place(cfg, predictor.folder, name)
+    model = predictor.mllm, predictor.tokenizer
+    if free is not None:
+        [data] = sets.values()
+        chosen = free.chosen(data.clips, cfg.limit)
+        records = emotion.ask(*model, data, chosen, labels, decode, here, cfg.batch_size, bench.task, cfg.seed, True)
+        if here.main:
+            free.finish(cfg, out, settings, records, {clip.id: clip.text for clip in data.clips}, say)
+        return dist.cleanup()
+    found = {
+        n: emotion.evaluate(*model, data, labels, decode, here, cfg.batch_size,
+                            seed=cfg.seed, limit=cfg.limit, progress=True)
+        for n, data in sets.items()
+    }  # fmt: skip
+    if here.main:
+        scores, records = found[0] if 0 in found else emotion.over_folds(found, labels, decode.extract)
+        if cfg.text_metrics:
+            scores.setdefault("texts", {})["metrics"] = texts.compare(records, cfg.text_metrics)
+        write(out, settings | scores, records)
+        title = f"{name}, {decode.decode}: {predictor.folder.name}"
+        confusion_png(scores["confusion"], labels, out / "confusion.png", title)
+        say(metrics.table(scores, scores["majority"]))
+        if "folds" in scores:
+            say(emotion.fold_table(scores))
+        if "texts" in scores:
+            say(texts.line(scores["texts"]))
+        say(f"{decode.decode}: {metrics.line(scores)}; written to {out}")
+    dist.cleanup()
+
+
+def choose(cfg: Config, trained: DataConfig) -> tuple[str, DataConfig]:
+    """The benchmark's name, and where its clips come from: the command, else the benchmark, else the training run."""
     names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
-    data_cfg = replace(predictor.data, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
+    data_cfg = replace(trained, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
     if cfg.test_file and not cfg.manifest:
         data_cfg.manifest = None  # this list, not the training run's manifest
-    six = not data_cfg.manifest and set(BENCHMARKS["mer2023"]) <= set(data_cfg.labels)
-    bench = cfg.bench or ("mer2023" if six else "clips")
-    labels = BENCHMARKS[bench] or data_cfg.labels
-    model_cfg = predictor.mllm.cfg
-    features = Features(model_cfg.rows(), model_cfg.visual, data_cfg, load_visual(model_cfg, here.device))
-    features.check_made(predictor.made)
-    data = ClipData(load_test(data_cfg, say), features, data_cfg, predictor.tokenizer.encode)
-    say(f"{len(data)} clips ({data.coverage()})")
-    dist.connect(here)
-    scores, records = emotion.evaluate(
-        predictor.mllm, predictor.tokenizer, data, labels, cfg.decode, here, cfg.batch_size,
-        seed=cfg.seed, limit=cfg.limit, progress=True,
-    )  # fmt: skip
-    if here.main:
-        out = place(cfg, predictor.folder, bench)
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {"bench": bench, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(cfg.decode)}
-        settings["speaker_norm"] = data_cfg.speaker_norm
-        (out / "metrics.json").write_text(json.dumps(settings | scores, indent=1))
-        with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        confusion_png(
-            scores["confusion"], labels, out / "confusion.png", f"{bench}, {cfg.decode.decode}: {predictor.folder.name}"
-        )
-        say(metrics.table(scores, scores["majority"]))
-        say(f"{cfg.decode.decode}: {metrics.line(scores)}; written to {out}")
-    dist.cleanup()
+    six = not data_cfg.manifest and set(BENCHMARKS["mer2023"].labels) <= set(data_cfg.labels)
+    name = cfg.bench or ("mer2023" if six else "clips")
+    bench = BENCHMARKS[name]
+    if bench.file and not cfg.test_file and not data_cfg.manifest:
+        data_cfg.test_file = bench.file
+    if bench.asked:
+        data_cfg.labels = list(bench.asked)
+    if bench.task != "emotion":  # the labels of its list, and those looked for in answers
+        data_cfg.labels = list(dict.fromkeys([*trained.labels, *EMOTIONS9]))
+    unread = () if bench.task != "emotion" else ("truth", "synonyms")
+    for option in (*unread, *(("manifest", "test_file") if name == "dfew" else ())):
+        if getattr(cfg, option):
+            raise UserError(f"--{option.replace('_', '-')}: not read by the benchmark {name}")
+    return name, data_cfg
+
+
+def wanted(cfg: Config) -> list[int]:
+    """The folds of DFEW that the command asks for."""
+    if cfg.fold and cfg.fold not in map(str, FOLDS):
+        raise UserError(f"--fold {cfg.fold}: dfew has the folds {', '.join(map(str, FOLDS))}")
+    return [int(cfg.fold)] if cfg.fold else list(FOLDS)
+
+
+def places(cfg: Config, name: str, streams: Mapping[str, Any], data_cfg: DataConfig) -> dict[str, str]:
+    """The folders of feature streams that have another name: the benchmark's where they exist, and the command's."""
+    if unknown := sorted(set(cfg.feature_folders) - set(streams)):
+        raise UserError(f"--feature-folders {unknown[0]}: the model reads {', '.join(streams)}")
+    roots = (data_cfg.data_root, data_cfg.features_root)
+    found = {stream: folder for stream, folder in BENCHMARKS[name].folders.items()
+             if any(Path(root, folder).is_dir() for root in roots)}  # fmt: skip
+    return found | cfg.feature_folders
+
+
+class FreeForm:
+    """Free-form answers on emer or mer-ov: the truth they are held against, and who judges."""
+
+    def __init__(self, cfg: Config, name: str, here: dist.Ranks) -> None:
+        self.name = name
+        self.words = openset.Synonyms(cfg.synonyms)
+        self.judge = judge.build(cfg.judge, here.device, cfg.seed, self.words)
+        columns = emer.DESCRIPTIONS if name == "emer" else emer.WORDS
+        self.truth = emer.read_truth(cfg.truth, columns) if cfg.truth else {}
+        self.given = bool(cfg.truth)
+        self.captions: tuple[int, int] | None = None  # clips that have a truth, all clips
+        texts.check(cfg.text_metrics)
+
+    def chosen(self, clips: list, limit: int) -> list[int]:
+        """Places of the clips that have a truth: the file's, else the fine caption (emer) or the label (mer-ov)."""
+        if not self.given:
+            own = {clip.id: clip.captions.get("reason_v2") if self.name == "emer" else clip.label for clip in clips}
+            self.truth = {id: text for id, text in own.items() if text}
+        found = [i for i, clip in enumerate(clips) if clip.id in self.truth]
+        if not found:
+            raise UserError(f"none of the {len(clips)} clips has a true description (--truth FILE)")
+        self.captions = len(found), len(clips)
+        return found[:limit] if limit else found
+
+    def finish(self, cfg: Config, out: Path, settings: dict, records: list[dict], said: dict, say: Callable) -> None:
+        """Scores answers and writes them; the answers are on disk before the judge is asked."""
+        asked = len(records)
+        records = emer.with_truth(records, self.truth)
+        if len(records) < asked:
+            say(f"{asked - len(records)} of {asked} answers have no true description and are left out")
+        figures = texts.figures(records, said)
+        captions = self.captions or (len(records), asked)
+        figures |= dict(zip(("captions_found", "captions_wanted"), captions, strict=True))
+        if cfg.text_metrics:
+            figures["metrics"] = texts.compare(records, cfg.text_metrics)
+        write(out, settings | {"texts": figures}, records)
+        emer.write_answers(out / "answers.csv", records)
+        if self.name == "emer":
+            scores, records = emer.report(records, self.judge)
+            shown = judge.table(scores)
+        else:
+            scores, records = openset.report(records, self.judge, self.words)
+            shown = openset.table(scores)
+        write(out, settings | scores | {"texts": figures}, records)
+        if self.judge.usage is not None:
+            shown += f"\n{self.judge.usage.line()}"
+        say(f"{shown}\n{texts.line(figures)}\nwritten to {out}")
+
+
+def score_answers(cfg: Config, here: dist.Ranks, say: Callable) -> None:
+    """Answers that some model gave before, on emer or mer-ov."""
+    free = [name for name, bench in BENCHMARKS.items() if bench.task != "emotion"]
+    if cfg.bench not in free or cfg.ckpt:
+        raise UserError(f"--answers needs --bench {' or '.join(free)}, and no --ckpt")
+    assert cfg.answers is not None
+    scorer = FreeForm(cfg, cfg.bench, here)
+    records = emer.read_answers(cfg.answers, (*emer.DESCRIPTIONS, *emer.WORDS))
+    records = records[: cfg.limit] if cfg.limit else records
+    say(f"{cfg.answers}: {len(records)} answers")
+    out = Path(cfg.out) if cfg.out else Path(cfg.answers).parent / f"{cfg.bench}_{cfg.judge.kind}"
+    settings = {"bench": cfg.bench, "answers_file": cfg.answers, "truth": cfg.truth}
+    scorer.finish(cfg, out, settings, records, {}, say)
+
+
+def write(out: Path, report: dict, records: list[dict]) -> None:
+    """metrics.json and predictions.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "metrics.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    replace_file(out / "predictions.jsonl", "".join(lines).encode())
 
 
 def place(cfg: Config, folder: Path, bench: str) -> Path:
@@ -195,7 +362,21 @@ def moved(cfg: Config) -> dict[str, Any]:
 
 # options that say what to evaluate on, by kind of checkpoint
 READ = {
-    "llm": ("llm", "data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "limit"),
+    "llm": (
+        "llm",
+        "data_root",
+        "features_root",
+        "manifest",
+        "fold",
+        "test_file",
+        "streams",
+        "prompt_layout",
+        "limit",
+        "truth",
+        "synonyms",
+        "text_metrics",
+        "feature_folders",
+    ),
     "mosei": ("data_root", "manifest", "streams"),
     "clap": ("data_root", "manifest", "fold"),
     "slm": ("data_root", "manifest", "fold"),

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,16 +100,19 @@ class Features:
     """Streams of clips by slot: utterance features (1, width), visual tokens as image (N, width) and cls (1, width).
 
     All come from stores, but for visual tokens where an encoder is given that makes them `online`, from a clip's frame.
+    `folders` names the stores whose folder is not called as the stream is.
     """
 
     def __init__(
-        self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig, online: Any = None
-    ) -> None:
+        self, rows: dict[str, tuple[int, int]], visual: str | None, cfg: DataConfig, online: Any = None,
+        folders: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.rows, self.frame = rows, cfg.frame
         self.stores: dict[str, FeatureStore | NpyFolder] = {}
         self.online = {visual: online} if visual and online is not None else {}
         wanted = [name for name in rows if name not in VISUAL] + ([visual] if visual and not self.online else [])
-        places = {name: [Path(cfg.data_root) / name, Path(cfg.features_root) / name, Path(name)] for name in wanted}
+        named = {name: (folders or {}).get(name, name) for name in wanted}
+        places = {name: [Path(cfg.data_root, at), Path(cfg.features_root, at), Path(at)] for name, at in named.items()}
         if missing := [name for name in wanted if not any(place.is_dir() for place in places[name])]:
             looked = " and ".join(str(place) for place in places[missing[0]][:2])
             raise UserError(

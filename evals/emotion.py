@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,12 +11,39 @@ from tqdm import tqdm
 from common import dist, metrics
 from common.config import UserError, opt
 from data.clips import ClipData, Sample
-from data.prompts import EMOTIONS6, extract_label
+from data.prompts import DFEW7, EMOTIONS6, extract_label
+from evals import texts
 from model.generate import generate, score_labels
 from model.mllm import Mllm, pack
 from model.tokenizer import Tokenizer
 
-BENCHMARKS = {"mer2023": list(EMOTIONS6), "clips": []}  # labels that are scored; none given: those of the training run
+# what MER2023's feature folders are called in MER2024
+FOLDERS_2024 = {"mae_340_UTT": "mae_340_23_UTT", "maeV_399_UTT": "maeVideo_399_23_UTT", "HL-UTT": "HL_23_UTT"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is asked of which clips; what is left out comes from the training run."""
+
+    about: str
+    task: str = "emotion"
+    labels: tuple[str, ...] = ()  # that are scored
+    asked: tuple[str, ...] = ()  # that the question names
+    file: str | None = None  # list of clips below data_root
+    folders: dict[str, str] = field(default_factory=dict)  # stream -> folder, where it is called otherwise
+
+
+BENCHMARKS = {
+    "mer2023": Benchmark("six labels of a MERR list", labels=EMOTIONS6),
+    "mer2024": Benchmark(
+        "six labels of MER2024-NOISE", labels=EMOTIONS6, asked=EMOTIONS6, file="MER2024-noise_NCE.txt",
+        folders=FOLDERS_2024,
+    ),
+    "dfew": Benchmark("seven labels, five folds of DFEW, zero-shot", labels=DFEW7, asked=DFEW7),
+    "emer": Benchmark("explanations scored by a judge", "reason_v2", file="EMER_NCE.txt"),
+    "mer-ov": Benchmark("emotion words of any wording, as sets", "reason_v2", file="EMER_332_NCE.txt"),
+    "clips": Benchmark("any manifest or list"),
+}  # fmt: skip
 
 
 @dataclass
@@ -109,6 +136,29 @@ def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -
     return scores | {"majority": metrics.majority(truth, labels)}
 
 
+def ask(
+    mllm: Mllm,
+    tokenizer: Tokenizer,
+    data: ClipData,
+    chosen: Sequence[int],
+    labels: Sequence[str],
+    cfg: DecodeConfig,
+    here: dist.Ranks,
+    batch_size: int = 8,
+    task: str = "emotion",
+    seed: int = 0,
+    progress: bool = False,
+) -> list[dict]:
+    """The records of the chosen clips; the ranks share the work and all get all of it."""
+    was_training = mllm.training
+    mllm.eval()
+    samples = [data.sample(i, task=task) for i in chosen[here.rank :: here.world]]
+    mine = answer(mllm, tokenizer, samples, labels, cfg, batch_size, seed, progress and here.main)
+    mllm.train(was_training)
+    parts = dist.gather(mine)
+    return [parts[i % here.world][i // here.world] for i in range(len(chosen))]
+
+
 def evaluate(
     mllm: Mllm,
     tokenizer: Tokenizer,
@@ -122,19 +172,50 @@ def evaluate(
     limit: int = 0,
     progress: bool = False,
 ) -> tuple[dict, list[dict]]:
-    """Scores and records over the clips whose label is in `labels`; the ranks share the work and all get all of it."""
+    """Scores and records over the clips whose label is in `labels`; of generated answers their figures, too."""
     chosen = [i for i, label in enumerate(data.labels) if label in labels]
     chosen = chosen[:limit] if limit else chosen
     if not chosen:
         raise UserError(f"none of the {len(data)} clips has one of the labels {', '.join(labels)}: nothing to score")
-    was_training = mllm.training
-    mllm.eval()
-    samples = [data.sample(i, task=task) for i in chosen[here.rank :: here.world]]
-    mine = answer(mllm, tokenizer, samples, labels, cfg, batch_size, seed, progress and here.main)
-    mllm.train(was_training)
-    parts = dist.gather(mine)
-    records = [parts[i % here.world][i // here.world] for i in range(len(chosen))]
-    return score(records, labels, cfg.extract), records
+    records = ask(mllm, tokenizer, data, chosen, labels, cfg, here, batch_size, task, seed, progress)
+    scores = score(records, labels, cfg.extract)
+    if cfg.decode == "generate":
+        scores["texts"] = texts.figures(records, {clip.id: clip.text for clip in data.clips})
+    return scores, records
+
+
+def over_folds(
+    folds: dict[int, tuple[dict, list[dict]]], labels: Sequence[str], extract: str
+) -> tuple[dict, list[dict]]:
+    """The scores and records of several folds as one: the means of their scores, the sum of their confusions."""
+    records = [{**record, "fold": fold} for fold, (_, found) in folds.items() for record in found]
+    scores = score(records, labels, extract)
+    each = [found for found, _ in folds.values()]
+    for part, parts in ((scores, each), (scores["majority"], [found["majority"] for found in each])):
+        part |= {
+            name: sum(one[name] for one in parts) / len(parts)
+            for name, value in part.items()
+            if isinstance(value, float)
+        }
+    shown = ("uar", "war", "weighted_f1", "invalid", "clips")
+    scores["folds"] = {
+        fold: {name: found[name] for name in shown} | {"majority_uar": found["majority"]["uar"],
+                                                      "majority_war": found["majority"]["war"]}
+        for fold, (found, _) in folds.items()
+    }  # fmt: skip
+    return scores, records
+
+
+def fold_table(scores: dict) -> str:
+    """UAR and WAR of each fold and their means, beside the majority class."""
+    lines = ["fold     uar     war  clips  majority: uar     war"]
+    for fold, row in scores["folds"].items():
+        lines.append(f"{fold:>4}  {row['uar']:.4f}  {row['war']:.4f}  {row['clips']:5d}         "
+                     f"{row['majority_uar']:.4f}  {row['majority_war']:.4f}")  # fmt: skip
+    majority = scores["majority"]
+    lines.append(f"mean  {scores['uar']:.4f}  {scores['war']:.4f}  {scores['clips']:5d}         "
+                 f"{majority['uar']:.4f}  {majority['war']:.4f}")  # fmt: skip
+    return "\n".join(lines)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from common import config
 from common.config import UserError
 from data.manifest import read_manifest, write_manifest
 from evals import speech as reports
+from evals.openset import Synonyms
 from tests.training import changed_lines, make_lines, make_meld
 from tests.training import run as train
 
@@ -120,9 +121,19 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
         (["--ckpt", tmp_path], f"checkpoint {tmp_path}: holds no checkpoint (a run folder, its checkpoints/ or one "
          "checkpoint folder)"),
         (["--ckpt", trained.run, "--bench", "mer2022"],
-         "--bench: 'mer2022' is not one of mer2023, clips, mosei, clap, slm, meld"),
+         "--bench: 'mer2022' is not one of mer2023, mer2024, dfew, emer, mer-ov, clips, mosei, clap, slm, meld"),
         (["--ckpt", trained.run, "--bench", "meld"],
-         "--bench meld: this checkpoint is a language model's (benchmarks: mer2023, clips)"),
+         "--bench meld: this checkpoint is a language model's (benchmarks: mer2023, mer2024, dfew, emer, mer-ov, "
+         "clips)"),
+        (["--ckpt", trained.run, "--truth", "x.csv"], "--truth: not read by the benchmark mer2023"),
+        (["--ckpt", trained.run, "--bench", "dfew", "--fold", "6"], "--fold 6: dfew has the folds 1, 2, 3, 4, 5"),
+        (["--ckpt", trained.run, "--bench", "dfew"], f"{trained.data}/DFEW_set_1_test.txt not found (--data-root names "
+         "the folder of DFEW's lists and features)"),
+        (["--ckpt", trained.run, "--bench", "emer", "--judge", "api"],
+         "--judge api needs --judge-url and --judge-model"),
+        (["--ckpt", trained.run, "--feature-folders", "HL-UTT=x"],
+         "--feature-folders HL-UTT: the model reads image, cls, voice"),
+        (["--answers", "a.csv"], "--answers needs --bench emer or mer-ov, and no --ckpt"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
          "--prompt-layout: 'trian' is not one of train, original_eval, question_first"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],
@@ -320,3 +331,154 @@ def test_a_benchmark_of_another_kind(speech, name):
         if bench != KIND[name]:
             line = refused("--ckpt", speech / name, "--bench", bench)
             assert line == f"--bench {bench}: this checkpoint is of another kind (benchmark: {KIND[name]})"
+
+
+# ---- free-form answers, folds, other names of folders
+
+
+def test_explanations_scored_offline(trained, tmp_path, capsys):
+    """emer end to end: answers, their figures, the judge's scores, and the same again from the files alone."""
+    run("--ckpt", trained.run, "--bench", "emer", "--test-file", "MERR_fine_grained.txt", "--limit", 6,
+        "--max-new-tokens", 12, "--out", tmp_path / "emer")  # fmt: skip
+    said = capsys.readouterr().out
+    metrics, records = read(tmp_path / "emer")
+    captions = json.loads((trained.data / "MERR_fine_grained.json").read_text())
+    assert len(records) == metrics["answers"] == 6
+    assert (metrics["bench"], metrics["decode"]) == ("emer", "generate")
+    for record in records:
+        assert record["target"] == captions[record["id"]]["smp_reason_caption"]
+        assert record["target"] not in record["prompt"]
+        assert "[reason_v2]" in record["prompt"]
+        assert record["judge"]["by"] == metrics["judge"]
+        assert record["path"].endswith(".mp4")
+    mean = sum(record["judge"]["clue_overlap"] for record in records) / 6
+    assert metrics["clue_overlap_1_10"] == pytest.approx(mean)
+    assert metrics["clue_overlap_0_10"] == pytest.approx((mean - 1) / 0.9)
+    assert metrics["texts"]["distinct"] == len({record["answer"] for record in records})
+    assert metrics["texts"]["captions_found"] == metrics["texts"]["captions_wanted"] == 24
+    assert "judge: lexical (word overlap, offline" in said
+    assert f"answers: {metrics['texts']['distinct']} distinct of 6" in said
+    assert not (tmp_path / "emer" / "confusion.png").exists()
+
+    scored = ("clue_overlap_1_10", "label_overlap_0_10", "unanswered", "dealt", "answers")
+    run("--bench", "emer", "--answers", tmp_path / "emer" / "predictions.jsonl")
+    again, _ = read(tmp_path / "emer" / "emer_lexical")
+    assert {name: again[name] for name in scored} == {name: metrics[name] for name in scored}
+    truth = trained.data / "MERR_fine_grained.json"
+    run("--bench", "emer", "--answers", tmp_path / "emer" / "answers.csv", "--truth", truth, "--out", tmp_path / "csv")
+    again, _ = read(tmp_path / "csv")
+    assert {name: again[name] for name in scored} == {name: metrics[name] for name in scored}
+
+
+def test_answers_outlive_their_judge(trained, tmp_path, monkeypatch, capsys):
+    """They are on disk before a judge is asked that turns out not to be there; the next one reads them there."""
+    from evals import chat
+    from tests.evals.stub import serving
+
+    monkeypatch.setattr(chat, "WAITS", ())
+    argv = ["--bench", "emer", "--test-file", "MERR_fine_grained.txt", "--limit", 3, "--max-new-tokens", 4]
+    judge = ["--judge", "api", "--judge-model", "stub", "--judge-cache", tmp_path / "cache.jsonl"]
+    with serving(lambda messages, n: "sad" if "this description" in messages[0]["content"] else "Score: 8") as server:
+        dead = server.url
+    with pytest.raises(UserError, match="none of the 3 answers could be scored"):
+        run("--ckpt", trained.run, *argv, *judge, "--judge-url", dead, "--out", tmp_path / "run")
+    metrics, records = read(tmp_path / "run")
+    assert "clue_overlap_1_10" not in metrics
+    assert len(records) == 3
+    with serving(lambda messages, n: "sad" if "this description" in messages[0]["content"] else "Score: 8") as server:
+        answers = tmp_path / "run" / "predictions.jsonl"
+        run("--bench", "emer", "--answers", answers, *judge, "--judge-url", server.url, "--judge-price-in", 1)
+    metrics, records = read(tmp_path / "run" / "emer_api")
+    scored = [record for record in records if record["answer"]]
+    assert all(record["judge"]["clue_overlap"] == 8 for record in scored)
+    assert metrics["judge_usage"]["requests"] == len(server.requests)
+    assert f"judge: {len(server.requests)} questions asked" in capsys.readouterr().out
+
+
+def test_open_vocabulary(trained, tmp_path, capsys):
+    argv = ["--ckpt", trained.run, "--bench", "mer-ov", "--max-new-tokens", 12]
+    run(*argv, "--test-file", "relative_test3_NCEV.txt", "--out", tmp_path / "labels")
+    metrics, records = read(tmp_path / "labels")
+    words = Synonyms()
+    assert all(set(record["openset"]["truth"]) == words.meanings(record["label"]) for record in records)
+    assert metrics["clips"] == 10
+    assert metrics["score"] == pytest.approx((metrics["set_accuracy"] + metrics["set_recall"]) / 2)
+    assert "majority (" in capsys.readouterr().out
+    ids = [record["id"] for record in records[:2]]
+    (tmp_path / "gt.csv").write_text(f"name,openset\n{ids[0]},\"['joyful', 'excited']\"\n{ids[1]},['mad']\n")
+    (tmp_path / "predict.csv").write_text(f"name,openset\n{ids[0]},['happy']\n{ids[1]},\"['furious', 'sad']\"\n")
+    run(*argv, "--test-file", "relative_test3_NCEV.txt", "--truth", tmp_path / "gt.csv", "--out", tmp_path / "gt")
+    metrics, _ = read(tmp_path / "gt")
+    assert metrics["clips"] == metrics["texts"]["captions_found"] == 2
+    assert metrics["texts"]["captions_wanted"] == 10
+    run("--bench", "mer-ov", "--answers", tmp_path / "predict.csv", "--truth", tmp_path / "gt.csv")
+    metrics, _ = read(tmp_path / "mer-ov_lexical")
+    assert (metrics["set_accuracy"], metrics["set_recall"]) == (0.75, 0.75)
+
+
+def folded(trained, root):
+    """The mock's test clips as DFEW's five folds of two."""
+    root.mkdir()
+    clips = (trained.data / "relative_test3_NCEV.txt").read_text().split("\n")[:10]
+    for fold in range(5):
+        rows = [f"{line.split()[0]} 9 {(2 * fold + i) % 7}" for i, line in enumerate(clips[2 * fold : 2 * fold + 2])]
+        (root / f"DFEW_set_{fold + 1}_test.txt").write_text("\n".join([*rows, ""]))
+    return root
+
+
+def test_folds_of_dfew(trained, tmp_path, capsys):
+    from data.prompts import DFEW7
+
+    root = folded(trained, tmp_path / "dfew")
+    features = json.loads((trained.run / "results.json").read_text())["config"]["data"]["features_root"]
+    argv = ["--ckpt", trained.run, "--bench", "dfew", "--data-root", root, "--features-root", features]
+    run(*argv, "--out", tmp_path / "all")
+    metrics, records = read(tmp_path / "all")
+    assert "represents: happy, sad, neutral, angry, surprise, disgust, fear." in records[0]["prompt"]
+    assert [record["label"] for record in records] == [DFEW7[i % 7] for i in range(10)]
+    assert [record["fold"] for record in records] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    for fold in range(5):
+        pair = records[2 * fold : 2 * fold + 2]
+        recall = sum(record["prediction"] == record["label"] for record in pair) / 2  # two labels of one clip each
+        assert metrics["folds"][str(fold + 1)]["uar"] == metrics["folds"][str(fold + 1)]["war"] == recall
+        assert metrics["folds"][str(fold + 1)]["majority_war"] == 0.5
+    assert metrics["uar"] == pytest.approx(sum(row["uar"] for row in metrics["folds"].values()) / 5)
+    assert metrics["majority"]["war"] == 0.5
+    assert sum(map(sum, metrics["confusion"])) == 10
+    assert (tmp_path / "all" / "confusion.png").exists()
+    assert f"mean  {metrics['uar']:.4f}  {metrics['war']:.4f}     10" in capsys.readouterr().out
+    run(*argv, "--fold", 3, "--out", tmp_path / "one")
+    one, third = read(tmp_path / "one")
+    assert list(one["folds"]) == ["3"]
+    assert [r["id"] for r in third] == [r["id"] for r in records[4:6]]
+    assert one["war"] == metrics["folds"]["3"]["war"]
+
+
+def test_folders_of_mer2024(trained, tmp_path):
+    """The list, six labels in the question, and streams whose folders are called otherwise."""
+    root = tmp_path / "mer2024"
+    root.mkdir()
+    shutil.copy(trained.data / "relative_test3_NCEV.txt", root / "MER2024-noise_NCE.txt")
+    made = json.loads((trained.run / "results.json").read_text())["config"]["data"]["features_root"]
+    shutil.copytree(f"{made}/voice", root / "HL_23_UTT")
+    shutil.copytree(f"{made}/patches", root / "patches")
+    argv = ["--ckpt", trained.run, "--bench", "mer2024", "--data-root", root, "--features-root", root]
+    with pytest.raises(UserError, match=f"features voice not found .looked for {root}/voice and"):
+        run(*argv)
+    run(*argv, "--feature-folders", "voice=HL_23_UTT", "--out", tmp_path / "out")
+    metrics, records = read(tmp_path / "out")
+    assert (metrics["clips"], metrics["labels"][-1]) == (10, "surprise")
+    assert "<voice>" in records[0]["prompt"]
+    assert "represents: happy, sad, neutral, angry, worried, surprise." in records[0]["prompt"]
+    cfg = config.load(script.Config, ["--ckpt", "x"])
+    data = script.DataConfig(data_root=str(root), features_root=str(root))
+    streams = ["mae_340_UTT", "HL-UTT"]
+    assert script.places(cfg, "mer2024", dict.fromkeys(streams), data) == {"HL-UTT": "HL_23_UTT"}
+    assert script.places(cfg, "mer2023", dict.fromkeys(streams), data) == {}
+
+
+def test_figures_of_generated_labels(trained, tmp_path, capsys):
+    run("--ckpt", trained.run, "--decode", "generate", "--max-new-tokens", 4, "--out", tmp_path)
+    metrics, records = read(tmp_path)
+    assert metrics["texts"]["distinct"] == len({record["answer"] for record in records})
+    assert f"answers: {metrics['texts']['distinct']} distinct of 10" in capsys.readouterr().out

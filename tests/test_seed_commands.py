@@ -199,8 +199,12 @@ FLAGS = {
     "eval": """
         ckpt --ckpt, bench --bench, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
-        decode.repetition_penalty, out --out, limit --limit, batch_size --batch-size, device --device, seed --seed,
-        llm --llm, data_root --data-root, features_root, manifest --manifest, fold --fold, test_file --test-file,
+        decode.repetition_penalty, judge.kind --judge, judge.url --judge-url, judge.model --judge-model,
+        judge.workers --judge-workers, judge.timeout --judge-timeout, judge.cache --judge-cache,
+        judge.price_in --judge-price-in, judge.price_out --judge-price-out, answers --answers, truth --truth,
+        synonyms --synonyms, text_metrics --text-metrics, out --out, limit --limit, batch_size --batch-size,
+        device --device, seed --seed, llm --llm, data_root --data-root, features_root,
+        feature_folders --feature-folders, manifest --manifest, fold --fold, test_file --test-file,
         streams --streams, prompt_layout""",
     "predict": """
         ckpt --ckpt, input --input, text --text, question --question, llm --llm, out --out, device --device,

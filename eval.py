@@ -113,6 +113,8 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     labels = list(bench.labels) or data_cfg.labels
     decode = cfg.decode if bench.task == "emotion" else replace(cfg.decode, decode="generate")
     free = FreeForm(cfg, name, here) if bench.task != "emotion" else None
+    if cfg.text_metrics and decode.decode == "score":
+        raise UserError("--text-metrics: scored labels are no text (--decode generate)")
     texts.check(cfg.text_metrics)
 
     # ---- clips and their features
@@ -149,8 +151,11 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     }  # fmt: skip
     if here.main:
         scores, records = found[0] if 0 in found else emotion.over_folds(found, labels, decode.extract)
+        if decode.decode == "generate":
+            said = {clip.id: clip.text for data in sets.values() for clip in data.clips}
+            scores["texts"] = texts.figures(records, said)
         if cfg.text_metrics:
-            scores.setdefault("texts", {})["metrics"] = texts.compare(records, cfg.text_metrics)
+            scores["texts"]["metrics"] = texts.compare(records, cfg.text_metrics)
         write(out, settings | scores, records)
         title = f"{name}, {decode.decode}: {predictor.folder.name}"
         confusion_png(scores["confusion"], labels, out / "confusion.png", title)

@@ -156,6 +156,10 @@ def make_mock(
     _write_list(root / "MERR_coarse_grained.txt", ((p.id, p.frames, p.label) for p in trained))
     _write_list(root / "MERR_fine_grained.txt", ((p.id, p.frames, p.label, EMOTIONS[p.label].valence) for p in trained))
     _write_list(root / "relative_test3_NCEV.txt", ((p.id, p.frames, p.label, -10) for p in tested))  # -10: not rated
+    # EMER's layout: the truths of test clips lie apart
+    _write_list(root / "EMER_NCE.txt", ((p.id, p.frames, p.label) for p in tested))
+    truths = ((p.id, p.label, p.text, _fine(p)["smp_reason_caption"]) for p in tested)
+    _write_csv(root / "gt-eng.csv", ("names", "emotions", "subtitles", "reasons"), truths)
 
 
 def _plan(split: str, n: int, seed: int, labels: tuple[str, ...], odd: int) -> list[Plan]:

@@ -12,7 +12,6 @@ from common import dist, metrics
 from common.config import UserError, opt
 from data.clips import ClipData, Sample
 from data.prompts import DFEW7, EMOTIONS6, extract_label
-from evals import texts
 from model.generate import generate, score_labels
 from model.mllm import Mllm, pack
 from model.tokenizer import Tokenizer
@@ -172,16 +171,13 @@ def evaluate(
     limit: int = 0,
     progress: bool = False,
 ) -> tuple[dict, list[dict]]:
-    """Scores and records over the clips whose label is in `labels`; of generated answers their figures, too."""
+    """Scores and records over the clips whose label is in `labels`; the ranks share the work and all get all of it."""
     chosen = [i for i, label in enumerate(data.labels) if label in labels]
     chosen = chosen[:limit] if limit else chosen
     if not chosen:
         raise UserError(f"none of the {len(data)} clips has one of the labels {', '.join(labels)}: nothing to score")
     records = ask(mllm, tokenizer, data, chosen, labels, cfg, here, batch_size, task, seed, progress)
-    scores = score(records, labels, cfg.extract)
-    if cfg.decode == "generate":
-        scores["texts"] = texts.figures(records, {clip.id: clip.text for clip in data.clips})
-    return scores, records
+    return score(records, labels, cfg.extract), records
 
 
 def over_folds(

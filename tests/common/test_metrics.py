@@ -311,3 +311,17 @@ def test_table() -> None:
     assert lines[12].split()[:2] == ["weighted_f1", "0.9036"]
     assert len({len(line) for line in lines[8:]}) == 1
     assert metrics.table({"mae": 0.5, "acc7": 0.25}).splitlines() == ["mae    0.5000", "acc7   0.2500"]
+
+
+def test_clue_overlap_is_the_f1_of_content_words() -> None:
+    truth, answer = "Her voice trembles, her voice breaks; tears.", "a trembling voice and tears, tears"
+    a, b = {"voice": 2, "trembles": 1, "breaks": 1, "tears": 1}, {"trembling": 1, "voice": 1, "tears": 2}
+    assert metrics.content_words(truth) == a
+    assert metrics.content_words(answer) == b
+    precision, recall = 2 / 4, 2 / 5
+    assert metrics.clue_overlap(truth, answer) == pytest.approx(10 * 2 * precision * recall / (precision + recall))
+    assert metrics.clue_overlap("this person is in the video", "this person is in the video") == 0  # says nothing
+    assert metrics.clue_overlap("声音颤抖", "声音发抖") == pytest.approx(
+        10 / 3
+    )  # 声音 of 声音 音颤 颤抖 | 声音 音发 发抖
+    assert metrics.clue_overlap("", "") == 0

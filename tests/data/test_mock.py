@@ -167,7 +167,7 @@ def test_same_arguments_draw_the_same_set(tmp_path: Path) -> None:
     make_mock(tmp_path / "b", 6, 2, seed=3, workers=3)
     make_mock(tmp_path / "c", 6, 2, seed=4)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
-    assert len(files) == 8 + 7
+    assert len(files) == 8 + 9
     for file in files:
         first, second, other = (tmp_path / folder / file for folder in "abc")
         if file.suffix == ".mp4":

@@ -15,7 +15,9 @@ from data.prompts import (
     choose,
     emotion_question,
     extract_label,
+    named,
     parse_tagged,
+    phrase,
     pick_question,
     process_answer,
     segments,
@@ -217,3 +219,10 @@ def test_tagged_questions():
     assert parse_tagged("[reason_v2] Why is\nthat? [x]") == ("reason_v2", "Why is\nthat? [x]")
     assert parse_tagged(" [emotion]Which?") == ("emotion", "Which?")
     assert parse_tagged("Why? [emotion]") == ("reason", "Why? [emotion]")
+
+
+def test_every_phrase_that_a_text_names():
+    phrases = {phrase("looking forward to"): "hope", phrase("Mad"): "angry", phrase("sad"): "sad", (): "nothing"}
+    assert named("Mad, sad, and looking forward to it; not mad.", phrases) == ["angry", "sad", "hope"]
+    assert named("looking forward", phrases) == []
+    assert named("", phrases) == []

@@ -18,26 +18,42 @@ class OptimConfig:
     warmup_lr: float = opt(1e-6, "learning rate at step 0; below 0 means lr", "--warmup-lr")
     warmup_steps: int = opt(1000, "optimiser steps of linear warm-up", "--warmup-steps", span=(500, 2000))
     schedule: str = opt("linear_warmup_cosine", "shape after the warm-up", "--schedule", choices=SCHEDULES)
+    lr_stages: dict[str, float] = opt({}, "epoch=rate: constant rates in place of lr and schedule, the first from 0")
     weight_decay: float = opt(0.05, "AdamW decay of matrices (biases and norms: 0)", "--weight-decay", span=(0.01, 0.1))
     beta2: float = opt(0.999, "AdamW second-moment decay")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 switches clipping off", "--grad-clip")
 
 
-def lr_at(step: int, total: int, cfg: OptimConfig) -> float:
-    """Learning rate of optimiser step `step` (0-based) out of `total`.
+def lr_at(step: int, total: int, cfg: OptimConfig, iters: int = 1) -> float:
+    """Learning rate of optimiser step `step` (0-based) out of `total`, `iters` an epoch.
 
     linear_warmup_cosine is LAVIS' LinearWarmupCosineLRScheduler: the cosine is counted from step 0, not from the end of
     the warm-up, so the rate drops a little where the warm-up ends.
     """
-    start = cfg.lr if cfg.warmup_lr < 0 else cfg.warmup_lr
+    peak = [rate for epoch, rate in stages(cfg) if epoch <= step // iters][-1]
+    start = peak if cfg.warmup_lr < 0 else cfg.warmup_lr
     if step < cfg.warmup_steps:
-        return min(cfg.lr, start + (cfg.lr - start) * step / max(cfg.warmup_steps, 1))
-    if cfg.schedule == "constant":
-        return cfg.lr
+        return min(peak, start + (peak - start) * step / max(cfg.warmup_steps, 1))
+    if cfg.schedule == "constant" or cfg.lr_stages:
+        return peak
     done = min(step / max(total, 1), 1.0)
     if cfg.schedule == "linear":
         return cfg.lr + (cfg.min_lr - cfg.lr) * done
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stages(cfg: OptimConfig) -> list[tuple[int, float]]:
+    """(first epoch, rate) of the stages, in order: lr alone where none are set. UserError: none begins at epoch 0."""
+    where, found = "--optim.lr-stages", [(0, cfg.lr)] if not cfg.lr_stages else []
+    for epoch, rate in cfg.lr_stages.items():
+        if not epoch.isdecimal():
+            raise UserError(f"{where}: {epoch!r} is no epoch")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UserError(f"{where}: {rate:g} from epoch {epoch} is no learning rate")
+        found.append((int(epoch), rate))
+    if min(found)[0]:
+        raise UserError(f"{where}: begins at epoch {min(found)[0]}, not at 0")
+    return sorted(found)
 
 
 def build(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:

@@ -47,6 +47,35 @@ def test_warm_up_edges():
     assert lr_at(0, 100, OptimConfig(lr=1e-3, warmup_steps=0)) == 1e-3
 
 
+def test_stages_replace_the_schedule_after_the_warm_up():
+    """The guide's sub-stages of stage 2: 1e-5 in epochs 0 to 14, 5e-6 from epoch 15 on."""
+    cfg = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=1000, lr_stages={"15": 5e-6, "0": 1e-5})
+    steps = (0, 500, 1000, 7000, 14_999, 15_000, 29_999)
+    expected = [1e-6, 5.5e-6, 1e-5, 1e-5, 1e-5, 5e-6, 5e-6]
+    assert [lr_at(step, TOTAL, cfg, 1000) for step in steps] == pytest.approx(expected)
+    assert optim.stages(cfg) == [(0, 1e-5), (15, 5e-6)]
+    backwards = [lr_at(step, TOTAL, cfg, 1000) for step in reversed(steps)]  # of the step alone
+    assert backwards == [lr_at(step, TOTAL, cfg, 1000) for step in steps][::-1]
+    cfg.warmup_lr, cfg.warmup_steps = -1.0, 10
+    assert lr_at(0, TOTAL, cfg, 1000) == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        ({"5": 1e-5}, "begins at epoch 5, not at 0"),
+        ({"0": 1e-5, "x": 1e-6}, "'x' is no epoch"),
+        ({"0": 1e-5, "-3": 1e-6}, "'-3' is no epoch"),
+        ({"0": -1e-5}, "-1e-05 from epoch 0 is no learning rate"),
+        ({"0": math.nan}, "nan from epoch 0 is no learning rate"),
+    ],
+)
+def test_stages_that_are_none(stages, reason):
+    with pytest.raises(UserError) as error:
+        optim.stages(OptimConfig(lr_stages=stages))
+    assert str(error.value) == f"--optim.lr-stages: {reason}"
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -338,11 +338,11 @@ def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
     os.replace(partial, path)
 
 
-def decode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -> Any:
+def decode_clip(clip: Clip, encoder: Any, pooling: str, frame: str | float = "middle") -> Any:
     """What `encoder` reads of a clip: waveform (T,), frames (n, H, W, 3) or text; MediaError, Absent without any.
 
-    `frame` says which frame stands for a clip where one does: first, middle, or peak (middle where no peak is known).
-    Of frames only the clip's box is left, where it has one.
+    `frame` says which frame stands for a clip where one does: first, middle, peak (middle where no peak is known), or
+    its time in [0, 1). Of frames only the clip's box is left, where it has one.
     """
     if encoder.modality == "text":
         if not (clip.text or "").strip():
@@ -371,6 +371,6 @@ def _crop(frames: Tensor, clip: Clip) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_clip(clip: Clip, encoder: Any, pooling: str, frame: str = "middle") -> Tensor:
+def encode_clip(clip: Clip, encoder: Any, pooling: str, frame: str | float = "middle") -> Tensor:
     """The features of one clip, decoded, encoded and pooled; MediaError where that cannot be done."""
     return encoder.encode(decode_clip(clip, encoder, pooling, frame), pooling)

@@ -61,16 +61,18 @@ def load_frames(
     indices: Sequence[int] | None = None,
     start: float | None = None,
     end: float | None = None,
+    phase: float = 0.5,
 ) -> torch.Tensor:
-    """Upright RGB frames (n, H, W, 3) uint8 on screen at the centres of n equal spans of time, or the frames `indices`.
+    """Upright RGB frames (n, H, W, 3) uint8 on screen in n equal spans of time, or the frames `indices`.
 
-    Seconds start..end bound both; a clip with fewer than n frames repeats them. A picture is a clip of one frame.
+    `phase`, in [0, 1), is the place in each span, 0.5 its centre. Seconds start..end bound both; a clip with fewer than
+    n frames repeats them. A picture is a clip of one frame.
     """
     path = _present(path)
     line = _timeline(path, start, end)
     if indices is None:
         span = (line.end - line.start) / (n or 1)
-        marks = [line.start + (i + 0.5) * span for i in range(n or 1)]
+        marks = [line.start + (i + phase) * span for i in range(n or 1)]
         wanted = [line.times[bisect_right(line.times, mark) - 1] for mark in marks]
     else:
         shown = [time for time in line.times if time >= line.start]
@@ -83,11 +85,11 @@ def load_frames(
 
 
 def load_frame(
-    path: str | Path, which: str | int = "first", start: float | None = None, end: float | None = None
+    path: str | Path, which: str | float = "first", start: float | None = None, end: float | None = None
 ) -> torch.Tensor:
-    """One upright RGB frame (H, W, 3) uint8: "first", "middle" (in time) or an index."""
-    if which == "middle":
-        return load_frames(path, n=1, start=start, end=end)[0]
+    """One upright RGB frame (H, W, 3) uint8: "first", "middle" (in time), an index, or a float in [0, 1): its time."""
+    if which == "middle" or isinstance(which, float):
+        return load_frames(path, n=1, start=start, end=end, phase=0.5 if which == "middle" else which)[0]
     return load_frames(path, indices=[0 if which == "first" else int(which)], start=start, end=end)[0]
 
 

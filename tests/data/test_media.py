@@ -101,6 +101,8 @@ def test_frames_are_at_the_centres_of_equal_spans(tmp_path, name):
     assert grey(load_frames(path, 2, start=0.4, end=0.6)) == [11, 13]
     assert grey(load_frames(path, 1, start=0.4, end=9.0)) == [15]
     assert grey(load_frames(path, indices=[0, 1], start=0.4)) == [10, 11]
+    assert grey(load_frames(path, 4, phase=0.9)) == [4, 9, 14, 19]
+    assert grey(load_frame(path, 0.6, start=0.4)[None]) == [16]
 
 
 def test_jumps_over_groups_of_pictures_give_the_same_frames(tmp_path):
@@ -127,6 +129,7 @@ def test_fewer_frames_than_asked_repeat(tmp_path):
 def test_load_frame(tmp_path):
     path = make_video(tmp_path / "a.mp4", 9)
     assert [grey(load_frame(path, which)[None])[0] for which in ("first", "middle", 6)] == [0, 4, 6]
+    assert [grey(load_frame(path, part)[None])[0] for part in (0.0, 0.3, 0.5, 0.7, 0.99)] == [0, 2, 4, 6, 8]
     with pytest.raises(MediaError, match=r"a\.mp4: frame 9 of 9$"):
         load_frame(path, 9)
     with pytest.raises(MediaError, match=r"a\.mp4: frame -1 of 9$"):

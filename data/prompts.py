@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from common.config import UserError
 
-LAYOUTS = ("train", "original_eval", "question_first")
+LAYOUTS = ("train", "original_eval", "question_first", "clean")
+ASKED = ("labels", "nine", "six", "guide")  # what the emotion question offers: see pick_question
 EMOTIONS9 = ("happy", "sad", "neutral", "angry", "worried", "surprise", "fear", "contempt", "doubt")
 EMOTIONS6 = EMOTIONS9[:6]  # the labels of MER2023 and MER2024
+OFFERED = {"nine": EMOTIONS9, "six": EMOTIONS6}
 DFEW7 = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
 _BY_ID = ("neutral", "angry", "happy", "sad", "worried", "surprise", "fear", "contempt", "doubt")
 LABEL_IDS = {label: index for index, label in enumerate(_BY_ID)}
@@ -18,6 +20,19 @@ LABEL_IDS = {label: index for index, label in enumerate(_BY_ID)}
 def emotion_question(labels: Iterable[str]) -> str:
     """The published question for a label, with these labels as the choice."""
     return f"Please determine which emotion label in the video represents: {', '.join(labels)}."
+
+
+def label_questions(labels: Iterable[str]) -> tuple[str, ...]:
+    """The published question and the paraphrases that the released code keeps for six labels, with any labels."""
+    labels = list(labels)
+    either = ", or ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
+    return (
+        emotion_question(labels),
+        f"Identify the displayed emotion in the video: is it {either}?",
+        f"Determine the emotional state shown in the video, choosing from {either}.",
+        f"Please ascertain the specific emotion portrayed in the video, whether it be {either}.",
+        f"Assess and label the emotion evident in the video: could it be {', '.join(labels)}?",
+    )
 
 
 _REASON = (
@@ -32,15 +47,7 @@ _REASON = (
 # The pools of the released code; the *_guide pools are the examples its training guide shows.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "emotion": (emotion_question(EMOTIONS9),),
-    "emotion6": (
-        emotion_question(EMOTIONS6),
-        "Identify the displayed emotion in the video: is it happy, sad, neutral, angry, worried, or surprise?",
-        "Determine the emotional state shown in the video, choosing from happy, sad, neutral, angry, worried, "
-        "or surprise.",
-        "Please ascertain the specific emotion portrayed in the video, whether it be happy, sad, neutral, angry, "
-        "worried, or surprise.",
-        "Assess and label the emotion evident in the video: could it be happy, sad, neutral, angry, worried, surprise?",
-    ),
+    "emotion6": label_questions(EMOTIONS6),
     "emotion_guide": (
         "What is the emotion expressed in this video?",
         "Identify the primary emotion shown.",
@@ -86,9 +93,13 @@ def segments(
     "train" is the layout the released model was trained with; "original_eval" is the one its published scores were
     measured with: two BOS, all embeddings inside <video>, the literal <FeatureHere>. "question_first" ends with the
     embeddings: without a chat template the answer starts on the last of them, which spares a small model the search.
+    "clean" is "train" without its doubled spaces and full stops.
     """
     head, tail = ("[INST] ", " [/INST]") if chat_template else ("", "")
-    said = "" if text is None else f"The person in video says: {text}. "
+    if layout == "clean" and text is not None:
+        text = " ".join(text.split()).removesuffix(".")
+    ends = layout == "clean" and (text or "").endswith(("!", "?", "…"))
+    said = "" if text is None else f"The person in video says: {text}{'' if ends else '.'} "
     rest = f"</feature> {said} [{task}] {question} {tail}"  # the doubled spaces are in the released prompts
     visual = [Slot("image")] if image else []
     features = [*map(Slot, slots), *([Slot("cls")] if cls else [])]
@@ -96,9 +107,22 @@ def segments(
         pieces = [f"<s><s>{head}<video>", *visual, *features, f"</video> <feature><FeatureHere>{rest}"]
     elif layout == "question_first":
         pieces = ["<s>", f"{head}{said}[{task}] {question} <video>", *visual, "</video> <feature>", *features, tail]
+    elif layout == "clean":
+        asked = f"</feature> {said}[{task}] {question}{tail}"
+        pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, asked]
     else:
         pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, rest]
     return _join_texts([piece for piece in pieces if piece])
+
+
+def next_turn(answer: str, task: str, question: str, chat_template: bool = True) -> list[str]:
+    """What follows a prompt in a conversation, as Llama 2 chat has it: the answer to it, and the next question."""
+    return [f"{answer} </s><s>", f"[INST] [{task}] {question} [/INST]" if chat_template else f"[{task}] {question}"]
+
+
+def target(text: str, layout: str) -> str:
+    """A training target: as it is written in the layout "clean", else as the released code processes it."""
+    return text if layout == "clean" else process_answer(text)
 
 
 def process_answer(text: str, max_words: int = 200) -> str:
@@ -167,11 +191,28 @@ def choose(weights: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def pick_question(task: str, rng: random.Random | None = None) -> str:
-    """A question from the task's pool, drawn by rng; the pool's first without one."""
-    if task not in QUESTIONS:
+def pick_question(
+    task: str,
+    rng: random.Random | None = None,
+    labels: Iterable[str] = EMOTIONS9,
+    offered: str = "labels",
+    paraphrase: bool = False,
+) -> str:
+    """A question of the task, drawn by rng; the first of its pool without one.
+
+    The emotion question offers `labels`, or the published nine or six; "guide" asks the training guide's examples. Its
+    paraphrases are drawn only when asked for.
+    """
+    if offered == "guide":
+        pool = QUESTIONS["emotion_guide" if task == "emotion" else "reason_guide"]
+    elif task == "emotion":
+        pool = label_questions(OFFERED.get(offered, labels))
+        return rng.choice(pool[1:]) if rng and paraphrase else pool[0]
+    elif task not in QUESTIONS:
         raise UserError(f"task '{task}' has no questions (tasks: {', '.join(QUESTIONS)})")
-    return rng.choice(QUESTIONS[task]) if rng else QUESTIONS[task][0]
+    else:
+        pool = QUESTIONS[task]
+    return rng.choice(pool) if rng else pool[0]
 
 
 def parse_tagged(question: str) -> tuple[str, str]:

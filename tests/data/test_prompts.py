@@ -10,17 +10,21 @@ from data.prompts import (
     EMOTIONS6,
     EMOTIONS9,
     LABEL_IDS,
+    LAYOUTS,
     QUESTIONS,
     Slot,
     choose,
     emotion_question,
     extract_label,
+    label_questions,
     named,
+    next_turn,
     parse_tagged,
     phrase,
     pick_question,
     process_answer,
     segments,
+    target,
 )
 
 UTTERANCE = ["mae", "videomae", "hubert"]
@@ -89,6 +93,35 @@ def test_question_first_layout_ends_with_the_embeddings():
         Slot("voice"),
         " [/INST]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Oh my!", "The person in video says: Oh my! "),
+        ("I am  here. ", "The person in video says: I am here. "),
+        ("really", "The person in video says: really. "),
+        (None, ""),
+    ],
+)
+def test_clean_layout_has_single_spaces_and_full_stops(text, said):
+    parts = segments("emotion", "What is it?", text, UTTERANCE, layout="clean")
+    assert parts[:-1] == segments("emotion", "What is it?", text, UTTERANCE)[:-1]  # the embeddings stay in their place
+    assert parts[-1] == f"</feature> {said}[emotion] What is it? [/INST]"
+    assert "  " not in parts[-1]
+    bare = segments("emotion", "What is it?", text, UTTERANCE, layout="clean", chat_template=False)
+    assert bare[-1] == f"</feature> {said}[emotion] What is it?"
+
+
+def test_targets_follow_the_layout():
+    text = "She is OK. (Almost) Happy!"
+    assert target(text, "clean") == text
+    assert {target(text, layout) for layout in LAYOUTS if layout != "clean"} == {process_answer(text)}
+
+
+def test_a_conversation_goes_on_as_llama_2_has_it():
+    assert next_turn("He smiles.", "reason", "Why?") == ["He smiles. </s><s>", "[INST] [reason] Why? [/INST]"]
+    assert next_turn("He smiles.", "reason", "Why?", chat_template=False) == ["He smiles. </s><s>", "[reason] Why?"]
 
 
 def test_absent_parts():
@@ -213,6 +246,33 @@ def test_questions_are_drawn_from_the_pool():
     }  # fmt: skip
     with pytest.raises(UserError, match=r"^task 'reasons' has no questions \(tasks: emotion, emotion6, "):
         pick_question("reasons")
+
+
+def test_the_emotion_question_offers_what_it_is_told_to():
+    assert pick_question("emotion", labels=["calm", "sad"]) == emotion_question(["calm", "sad"])
+    for offered, labels in (("nine", EMOTIONS9), ("six", EMOTIONS6)):
+        assert pick_question("emotion", labels=["calm", "sad"], offered=offered) == emotion_question(labels)
+    assert pick_question("emotion", offered="guide") == "What is the emotion expressed in this video?"
+    rng = random.Random(0)
+    for task in ("emotion", "reason"):
+        pool = {pick_question(task, rng, offered="guide") for _ in range(100)}
+        assert pool == set(QUESTIONS[f"{task}_guide"])
+    assert pick_question("reason_v2", offered="guide") == QUESTIONS["reason_guide"][0]
+    assert {pick_question("emotion", rng) for _ in range(50)} == {emotion_question(EMOTIONS9)}  # not unless asked for
+
+
+def test_paraphrases_of_any_labels():
+    rng = random.Random(0)
+    drawn = {pick_question("emotion", rng, EMOTIONS6, paraphrase=True) for _ in range(200)}
+    assert drawn == set(QUESTIONS["emotion6"][1:])
+    published = "Identify the displayed emotion in the video: is it happy, sad, neutral, angry, worried, or surprise?"
+    assert published in drawn
+    for labels in (["calm"], ["calm", "sad"], list(DFEW7)):
+        first, *others = label_questions(labels)
+        assert first == emotion_question(labels)
+        assert all(label in question for question in others for label in labels)
+    assert label_questions(["calm", "sad"])[1] == "Identify the displayed emotion in the video: is it calm, or sad?"
+    assert label_questions(["calm"])[1] == "Identify the displayed emotion in the video: is it calm?"
 
 
 def test_tagged_questions():

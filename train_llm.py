@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import checkpoint, config, dist, metrics, optim
 from common.config import UserError, opt
 from common.log import Logger, confusion_image
-from common.optim import OptimConfig, lr_at
+from common.optim import OptimConfig, lr_at, stages
 from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
-from data.clips import ClipData, DataConfig, Features, load_splits, load_test
+from data.clips import ClipData, DataConfig, Features, check, label_gaps, load_replay, load_splits, load_test
 from data.features import StoreWriter, encode_clip
-from data.loader import windows
+from data.loader import Order, windows
+from data.manifest import Clip
 from data.merr import load_merr
 from data.mock import make_mock
 from data.prompts import emotion_question, segments
@@ -48,8 +49,8 @@ FAST = {
     "model.image_size": 56, "model.grad_checkpoint": False, "data.task_pool": {"emotion": 1.0},
     "data.valid_share": 0.12,
     "data.labels": ["happy", "sad", "neutral", "angry", "worried", "surprise"], "data.enable_augmentation": True,
-    "data.augmentation_prob": 0.6, "optim.lr": 1.5e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 20, "epochs": 15,
+    "data.augmentations": {"noise": 0.6, "streams": 0.6}, "optim.lr": 1.5e-3, "optim.min_lr": 1e-4,
+    "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 15,
     "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 5, "save_every": 5,
     "save_best": True, "test": True, "decode.max_new_tokens": 8, "eval_batch_size": 32,
 }  # fmt: skip
@@ -79,11 +80,12 @@ class Config:
     save_every: int = opt(1, "epochs between checkpoints", "--save-every")
     save_steps: int = opt(0, "also a checkpoint every so many steps; 0: none", "--save-steps")
     save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
-    metric: str = opt(
-        "weighted_f1", "validation score that chooses the best", "--metric",
-        choices=("weighted_f1", "accuracy", "war", "uar", "macro_f1", "clue_overlap", "loss"),
-    )  # fmt: skip
-    keep: int = opt(0, "newest checkpoints to keep besides best; 0: all", "--keep")
+    metric: str = opt("weighted_f1", "validation score that chooses the best", "--metric", choices=emotion.METRICS)
+    patience: int = opt(
+        0, "evaluations without a better --metric that end the run, which keeps its best; 0: never", "--patience"
+    )
+    keep: int = opt(0, "newest checkpoints to keep besides the best; 0: all", "--keep")
+    keep_best: int = opt(1, "best checkpoints that --keep never deletes", "--keep-best")
     test: bool = opt(False, "read the test split once, after training", "--test")
     resume: str | None = opt(None, "go on from the run's last checkpoint, or from PATH", "--resume", bare="last")
     overwrite: bool = opt(False, "replace the run in --out", "--overwrite")
@@ -91,6 +93,10 @@ class Config:
         False, "a small run on synthetic clips: no data, no weights, under three minutes on a CPU", "--fast"
     )
     dry_run: bool = opt(False, "build the model without memory, print its sizes and one sample, and stop", "--dry-run")
+
+    def chooses(self) -> bool:
+        """Whether evaluations choose a best checkpoint."""
+        return self.save_best or self.patience > 0
 
 
 def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
@@ -112,37 +118,26 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    splits, features, _, previous, tested = together(
+    splits, features, _, previous, tested, *_ = together(
         lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
         lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data, load_visual(cfg.model, here.device)),
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
         lambda: load_test(cfg.data, say) if cfg.test else [],  # a missing list must not end a run after its training
+        lambda: check(cfg.data),
+        lambda: check_choice(cfg),
+        lambda: stages(cfg.optim),
     )
-    features.scan(splits["train"], cfg.data.max_bad, say)
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
-    train = ClipData(splits["train"], features, cfg.data, tokenizer.encode, train=True, seed=cfg.seed)
-    valid = ClipData(splits["valid"], features, cfg.data, tokenizer.encode) if splits["valid"] else None
-    say(f"train: {len(train)} clips ({train.coverage()}); classes {train.class_counts()}")
+    parts, valid = make_datasets(cfg, splits, tested, features, tokenizer, say)
+    per_step = cfg.batch_size * here.world * cfg.accum
+    order, iters = plan(cfg, parts, per_step, say)
     if cfg.model.normalize and start is None:
-        mllm.set_statistics(features.statistics(train.clips))
+        mllm.set_statistics(features.statistics(parts[0].clips))
     optimizer = optim.build(mllm, cfg.optim)
-
-    # ---- where to begin: fresh, from a previous stage's weights, or where this run stopped
-    progress = Progress()
-    if start is not None:
-        say(f"resumed from {start}: {checkpoint.load_model(mllm, start)}")
-        optim.load_state_tensors(mllm, optimizer, checkpoint.read_tensors(start / checkpoint.OPTIMIZER))
-        state = checkpoint.read_state(start)
-        progress = Progress(state["step"], state["best"], state["history"])
-        scaler.load_state_dict(state["scaler"])
-        for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
-            if state[name] != now:
-                say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
-    elif cfg.ckpt and cfg.ckpt.endswith(".pth"):
-        say(f"weights of {cfg.ckpt}: {load_published(mllm, cfg.ckpt)}")
-    elif previous is not None:
-        say(f"weights of {previous}: {checkpoint.load_model(mllm, previous)}")
+    progress = begin(cfg, mllm, optimizer, scaler, start, previous, here, say)
+    for part in parts:
+        part.blank = mllm.means()
 
     dist.connect(here)
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
@@ -153,8 +148,6 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if here.world > 1:
         ids = [here.device.index] if here.device.type == "cuda" else None
         ddp = DDP(mllm, device_ids=ids, broadcast_buffers=False)
-    per_step = cfg.batch_size * here.world * cfg.accum
-    iters = cfg.iters_per_epoch or max(1, len(train) // per_step)
     total = cfg.epochs * iters
     trained = sum(p.numel() for p in mllm.parameters() if p.requires_grad)
     say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}; {iters} steps an "
@@ -168,22 +161,23 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     saved = progress.step if start else -1  # step of the newest checkpoint; every rank knows it without looking
 
-    def save(name: str, is_best: bool = False) -> None:
+    def save(name: str) -> None:
         nonlocal saved
         saved = progress.step
         state = facts | vars(progress) | {"epoch": progress.step // iters, "scaler": scaler.state_dict()}
-        tensors = optim.state_tensors(mllm, optimizer)
-        links = ("last", "best") if is_best else ("last",)
-        write = partial(checkpoint.save, out / "checkpoints", name, mllm, tensors, state, files, links, cfg.keep)
+        links = ("last", "best") if name == progress.best.get("checkpoint") else ("last",)
+        spare = [point["checkpoint"] for point in progress.ranking]
+        what = (mllm, optim.state_tensors(mllm, optimizer), state, files)
+        write = partial(checkpoint.save, out / "checkpoints", name, *what, links, cfg.keep, spare)
         dist.main_first(here, lambda: write() and None)
 
     # ---- training: one pass of this loop is one optimiser step
     mllm.train()
     meter = Meter()
     bar = log.bar(total, progress.step, "train")
-    steps = range(progress.step, total)
+    steps = range(progress.step, progress.step if progress.ended(cfg, total) else total)
     for micro_batches in meter.waiting(
-        windows(train, steps, cfg.seed, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
+        windows(parts, order, steps, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
     ):
         batches = [pack(samples, cfg.model).to(here.device) for samples in micro_batches]
         if stop.orphaned():
@@ -202,7 +196,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
             loss_sum += float(loss.detach())
         scaler.unscale_(optimizer)
         norm = optim.grad_norm(optimizer, cfg.optim.grad_clip)
-        lr = lr_at(progress.step, total, cfg.optim)
+        lr = lr_at(progress.step, total, cfg.optim, iters)
         # fp16: the scaler skips a step whose gradient overflowed
         broken = not math.isfinite(loss_sum) or (not math.isfinite(norm) and precision != "fp16")
         if dist.all_sum(broken, device=here.device)[0]:
@@ -220,33 +214,35 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         bar.update()
         meter.add(loss_sum, tokens)
         if step % cfg.log_every == 0 or step == total:
-            numbers = meter.read(here)
+            numbers = meter.read(here) | ({"pool": order.pool((step - 1) * per_step)} if order.ramp else {})
             progress.history.append({"step": step, "loss": numbers["loss"]})
             log(step, epoch=step / iters, lr=lr, grad_norm=norm, **numbers)
             bar.set_postfix(loss=f"{numbers['loss']:.3f}")
 
-        is_best = False
+        name, better = f"epoch_{epoch:03d}", False
         if at_end and valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
-            is_best = validate(cfg, mllm, tokenizer, valid, here, amp, log, progress, epoch)
-        if at_end and (epoch % cfg.save_every == 0 or is_best or step == total):
-            save(f"epoch_{epoch:03d}", is_best)
+            better = validate(cfg, mllm, tokenizer, valid, here, amp, log, progress, name)
+        ended = progress.ended(cfg, total)
+        if at_end and (epoch % cfg.save_every == 0 or better or ended):
+            save(name)
         elif cfg.save_steps and step % cfg.save_steps == 0:
             save(f"step_{step:06d}")
+        if ended:
+            break
     bar.close()
 
     # ---- the end, or a stop asked for
-    if progress.step < total:
+    if not progress.ended(cfg, total):
         if saved < progress.step:
             save(f"step_{progress.step:06d}")
         say(f"stopped after step {progress.step} of {total}; go on with the same command and --resume")
     else:
         stop.release()  # not before a stop has saved: schedulers send SIGTERM more than once
-        best = progress.best
-        say(f"finished: {out / 'checkpoints'}" + (f", best {best['metric']} {best['value']:.4f}" if best else ""))
-        warn_overfit(progress.history, say)
         results = facts | vars(progress) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        say(f"finished: {out / 'checkpoints'}{progress.summary(cfg, total)}")
+        warn_overfit(progress.history, say)
         if tested:
-            checkpoint.load_model(mllm, out / "checkpoints" / ("best" if best else "last"))
+            checkpoint.load_model(mllm, out / "checkpoints" / ("best" if progress.best else "last"))
             test = ClipData(tested, features, cfg.data, tokenizer.encode)
             results["test"] = final_test(cfg, mllm, tokenizer, test, here, say)
         if here.main:
@@ -272,6 +268,110 @@ def together(*attempts: Callable) -> list:
     return results
 
 
+def check_choice(cfg: Config) -> None:
+    """UserError where the run cannot choose a checkpoint, or stop, as it is asked to."""
+    if cfg.patience < 0:
+        raise UserError(f"--patience: {cfg.patience} is negative")
+    if cfg.keep_best < 1:
+        raise UserError(f"--keep-best: {cfg.keep_best} is below 1")
+    if cfg.patience and not cfg.evaluate:
+        raise UserError("--patience: needs --evaluate")
+    if cfg.keep_best > 1 and not cfg.chooses():
+        raise UserError("--keep-best: needs --save-best")
+    if cfg.evaluate and cfg.metric in emotion.OF_DESCRIPTIONS and valid_task(cfg) == "emotion":
+        raise UserError(f"--metric {cfg.metric}: --data.task-pool has no task with descriptions")
+
+
+def valid_task(cfg: Config) -> str:
+    """What the validation clips are asked: their emotion where that is trained, else the heaviest other task.
+
+    A metric of descriptions asks for those.
+    """
+    others = {task: weight for task, weight in cfg.data.task_pool.items() if task != "emotion"}
+    if len(others) < len(cfg.data.task_pool) and cfg.metric not in emotion.OF_DESCRIPTIONS:
+        return "emotion"
+    return max(others, key=lambda task: others[task], default="emotion")
+
+
+def make_datasets(
+    cfg: Config, splits: dict[str, list[Clip]], tested: list[Clip], features: Features, tokenizer: Tokenizer,
+    say: Callable[[str], None],
+) -> tuple[list[ClipData], ClipData | None]:  # fmt: skip
+    """What is trained on, the run's own clips and perhaps replayed ones, and the validation clips."""
+    data = cfg.data
+    if not tested:
+        with suppress(UserError):  # it is only compared with, and need not be here
+            tested = load_test(data, lambda _: None)
+    replayed = load_replay(data, [*splits["valid"], *tested], say)
+    features.scan(splits["train"] + replayed, data.max_bad, say)
+    parts = []
+    if replayed:  # before our own clips: some may be both, and --speaker-norm is by the last that knew them
+        other = replace(data, task_pool=data.replay_tasks)
+        parts = [ClipData(replayed, features, other, tokenizer.encode, train=True, seed=cfg.seed)]
+    train = ClipData(splits["train"], features, data, tokenizer.encode, train=True, seed=cfg.seed)
+    say(f"train: {len(train)} clips ({train.coverage()}); classes {train.class_counts()}")
+    for part in parts:
+        share = f"{data.replay_ratio:.0%} of the samples"
+        say(f"replay: {len(part)} clips of {data.replay} ({part.coverage()}), {share}")
+    for line in label_gaps(data, {"train": train.clips, "valid": splits["valid"], "test": tested}):
+        say(line)
+    if train.augment:
+        say(f"augmentation: {', '.join(f'{name} {p:g}' for name, p in train.augment.items())}")
+    valid = ClipData(splits["valid"], features, cfg.data, tokenizer.encode) if splits["valid"] else None
+    if cfg.patience and valid is None:
+        raise UserError("--patience: there are no validation clips (--valid-file, or --data.valid-share above 0)")
+    task = valid_task(cfg)
+    described = valid is None or any(task in clip.captions for clip in valid.clips)
+    if cfg.evaluate and cfg.metric in emotion.OF_DESCRIPTIONS and not described:
+        raise UserError(f"--metric {cfg.metric}: no validation clip has a description for the task {task}")
+    return [train, *parts], valid
+
+
+def plan(cfg: Config, parts: list[ClipData], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:
+    """The order of training samples, and the optimiser steps of an epoch."""
+    size, replayed = len(parts[0]), sum(map(len, parts[1:]))
+    ratio = cfg.data.replay_ratio if replayed else 0.0
+    iters = cfg.iters_per_epoch or max(1, int(size / (1 - ratio)) // per_step)
+    if cfg.data.curriculum == "none":
+        return Order(size, cfg.seed, replay=replayed, ratio=ratio), iters
+    ranked = parts[0].easy_to_hard(cfg.data.curriculum)
+    ramp = cfg.data.curriculum_epochs * iters * per_step
+    share = cfg.data.curriculum_share
+    order = Order(size, cfg.seed, [index for _, index in ranked], share, ramp, replayed, ratio)
+    kind = {"modalities": "streams", "length": "words", "both": "streams, words"}[cfg.data.curriculum]
+    easy, hard = (", ".join(map(str, ranked[at][0])) for at in (0, -1))
+    say(f"curriculum {cfg.data.curriculum}: {order.pool(0)} of {size} clips at first, all after "
+        f"{cfg.data.curriculum_epochs} epochs; {kind}: from {easy} to {hard}")  # fmt: skip
+    return order, iters
+
+
+def begin(
+    cfg: Config, mllm: Mllm, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, start: Path | None,
+    previous: Path | None, here: dist.Ranks, say: Callable[[str], None],
+) -> "Progress":  # fmt: skip
+    """Where the run begins: fresh, from a previous stage's weights, or where it stopped, with all that it had then."""
+    if start is None:
+        if previous is not None:
+            say(f"weights of {previous}: {checkpoint.load_model(mllm, previous)}")
+        elif cfg.ckpt:
+            say(f"weights of {cfg.ckpt}: {load_published(mllm, cfg.ckpt)}")
+        return Progress()
+    say(f"resumed from {start}: {checkpoint.load_model(mllm, start)}")
+    optim.load_state_tensors(mllm, optimizer, checkpoint.read_tensors(start / checkpoint.OPTIMIZER))
+    state = checkpoint.read_state(start)
+    scaler.load_state_dict(state["scaler"])
+    for name, now in (("world", here.world), ("threads", torch.get_num_threads())):
+        if state[name] != now:
+            say(f"{name} was {state[name]}, is {now}: results will differ in the last digits")
+    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+    if progress.best and not progress.ranking:  # a checkpoint of the time before --keep-best
+        progress.ranking = [progress.best]
+    if progress.best and progress.best["metric"] != cfg.metric:
+        say(f"the best by {progress.best['metric']} so far says nothing about {cfg.metric}: the choice begins anew")
+        progress = Progress(progress.step, history=progress.history)
+    return progress
+
+
 @dataclass
 class Progress:
     """What a checkpoint remembers of the run besides tensors."""
@@ -279,6 +379,26 @@ class Progress:
     step: int = 0  # optimiser steps taken
     best: dict = field(default_factory=dict)  # metric, value, checkpoint
     history: list[dict] = field(default_factory=list)
+    ranking: list[dict] = field(default_factory=list)  # the best, and those after it that --keep-best keeps
+    stale: int = 0  # evaluations since the best
+
+    def note(self, cfg: Config, value: float, name: str) -> bool:
+        """Takes in the score that checkpoint `name` will have; True when it is among the best."""
+        sign = 1 if cfg.metric in emotion.LOWER else -1
+        point = {"metric": cfg.metric, "value": value, "checkpoint": name}
+        self.ranking = sorted([*self.ranking, point], key=lambda each: sign * each["value"])[: cfg.keep_best]
+        self.best, self.stale = self.ranking[0], 0 if self.ranking[0] is point else self.stale + 1
+        return point in self.ranking
+
+    def ended(self, cfg: Config, total: int) -> bool:
+        """Whether the last step is taken, or patience is at its end."""
+        return self.step >= total or 0 < cfg.patience <= self.stale
+
+    def summary(self, cfg: Config, total: int) -> str:
+        """How and how well it ended."""
+        early = f" after step {self.step} of {total}, {self.stale} evaluations without a better {cfg.metric}"
+        best = f", best {self.best['metric']} {self.best['value']:.4f}" if self.best else ""
+        return (early if self.step < total else "") + best
 
 
 class Meter:
@@ -319,30 +439,31 @@ class Meter:
 
 def validate(
     cfg: Config, mllm: Mllm, tokenizer: Tokenizer, valid: ClipData, here: dist.Ranks, amp: Callable, log: Logger,
-    progress: Progress, epoch: int,
+    progress: Progress, name: str,
 ) -> bool:  # fmt: skip
-    """Scores the validation clips, logs them beside the majority class, and says whether this is the best so far."""
-    task = "emotion" if "emotion" in cfg.data.task_pool else next(iter(cfg.data.task_pool))
-    labels = cfg.data.labels
+    """Scores the validation clips, logs them beside the majority class, and says whether to keep checkpoint `name`."""
+    task, labels = valid_task(cfg), cfg.data.labels
     decode = cfg.decode if task == "emotion" else replace(cfg.decode, decode="generate")
     scores, records = emotion.evaluate(
         mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
     )
     scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
-    numbers = {f"valid/{key}": scores[key] for key in LOGGED if key in scores}
-    log(progress.step, **numbers, **{"valid/majority_weighted_f1": scores["majority"]["weighted_f1"]})
+    numbers = {f"valid/{key}": scores[key] for key in (*LOGGED, cfg.metric) if key in scores}
+    numbers["valid/majority_weighted_f1"] = scores["majority"]["weighted_f1"]
+    distinct, targets = len({record["answer"] for record in records}), sum(bool(r["target"]) for r in records)
+    log(progress.step, **numbers, **{"valid/distinct_answers": distinct})
     log.figure("valid/confusion", confusion_image(scores["confusion"], labels), progress.step)
+    log.say(f"  {task}: {distinct} distinct answers to {len(records)} clips, {targets} of which have a target")
     for record in records[:3]:
         line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
         log.say(f"  sample {line}")
         log.text("valid/samples", line, progress.step)
+    if cfg.metric not in scores:
+        raise UserError(f"--metric {cfg.metric}: none of the {len(records)} clips that were scored gives it")
     value = scores[cfg.metric]
-    progress.history.append({"step": progress.step, "epoch": epoch, "valid_loss": scores["loss"], cfg.metric: value})
-    previous = progress.best.get("value")
-    better = previous is None or (value < previous if cfg.metric == "loss" else value > previous)
-    if cfg.save_best and better:
-        progress.best = {"metric": cfg.metric, "value": value, "checkpoint": f"epoch_{epoch:03d}"}
-    return cfg.save_best and better
+    point = {"step": progress.step, "epoch": int(name.split("_")[1]), "valid_loss": scores["loss"]}
+    progress.history.append(point | {cfg.metric: value})
+    return cfg.chooses() and progress.note(cfg, value, name)
 
 
 def prepare_fast(cfg: Config) -> Config:

@@ -43,8 +43,9 @@ def save(
     extra: dict[str, bytes],
     links: Sequence[str] = ("last",),
     keep: int = 0,
+    spare: Sequence[str] = (),
 ) -> Path:
-    """Writes root/name with `extra` small files, points the `links` at it, deletes all but the newest `keep`.
+    """Writes root/name with `extra` small files, points the `links` at it, prunes all but `spare` and `keep` newest.
 
     The folder is filled under a temporary name, synced and renamed; links are replaced in one call. An error (a full
     disk) leaves earlier checkpoints as they were. Another checkpoint of the same name moves to root/superseded/.
@@ -68,7 +69,7 @@ def save(
         reason = "no space left on the disk" if full else error
         raise UserError(f"cannot save {final}: {reason}; earlier checkpoints are kept") from None
     if keep > 0:
-        _prune(root, keep)
+        _prune(root, keep, spare)
     return final
 
 
@@ -85,9 +86,9 @@ def _fill(folder: Path, module: nn.Module, optimizer: dict[str, torch.Tensor], f
     _sync(folder)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, the links' targets, and folders that the user named."""
-    spare = {(root / link).resolve() for link in LINKS}
+def _prune(root: Path, keep: int, names: Sequence[str]) -> None:
+    """Deletes all but the newest `keep` checkpoints, the links' targets, `names`, and folders that the user named."""
+    spare = {(root / name).resolve() for name in (*LINKS, *names)}
     ours = [path for path in checkpoints(root) if NAME.match(path.name)]
     for old in ours[:-keep]:
         if old.resolve() not in spare:

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config import UserError, opt
 from data import prompts
 from data.features import FeatureStore, NpyFolder, encode_clip, open_features
-from data.manifest import Clip, leak_check, read_manifest, split_by_group
+from data.manifest import Clip, group_of, leak_check, read_manifest, split_by_group
 from data.media import Absent, MediaError
 from data.merr import load_merr
 from data.pairs import by_speaker, relative, speaker_statistics
@@ -25,6 +25,8 @@ KNOWN_TESTS = (
     "relative_test3_NCEV.txt", "MER2024-noise_NCE.txt", "EMER_NCE.txt", "EMER_332_NCE.txt",
     "reltive_DFEW_set_1_test.txt",
 )  # fmt: skip
+CURRICULA = ("none", "modalities", "length", "both")
+AUGMENTATIONS = ("question", "frame", "noise", "dropout", "streams")
 
 
 @dataclass
@@ -40,21 +42,49 @@ class DataConfig:
     features_root: str = opt("features", "where feature stores are looked for, after data_root")
     task_pool: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "tasks and their weights", "--task-pool")
     labels: list[str] = opt(list(prompts.EMOTIONS9), "emotion labels, in the order the question names them")
-    prompt_layout: str = opt("train", "token order of the prompt", choices=prompts.LAYOUTS)
+    question: str = opt(
+        "labels", "emotion question: offers the labels, the published nine or six; guide: asks openly",
+        choices=prompts.ASKED,
+    )  # fmt: skip
+    prompt_layout: str = opt(
+        "train", "order and spacing of the prompt; clean: single spaces, and targets as they are written",
+        choices=prompts.LAYOUTS,
+    )  # fmt: skip
     chat_template: bool = opt(True, "wrap the instruction in [INST] [/INST]")
     frame: str = opt(
         "first", "the frame of a clip that becomes visual tokens where they are made online",
         choices=("first", "middle", "peak"),
     )  # fmt: skip
     streams: list[str] = opt([], "use only these (text, image, cls, feature names); empty: all")
-    enable_augmentation: bool = opt(False, "while training: noise on features, streams left out")
+    curriculum: str = opt(
+        "none", "begin with the clips of the fewest streams, the shortest descriptions, or both in this order",
+        choices=CURRICULA,
+    )  # fmt: skip
+    curriculum_epochs: int = opt(5, "epochs after which the curriculum has reached all clips")
+    curriculum_share: float = opt(0.25, "share of the clips that the curriculum begins with")
+    replay: str | None = opt(None, "list or manifest of other clips to mix in, such as the previous stage's")
+    replay_ratio: float = opt(0.1, "share of the samples that are replayed")
+    replay_tasks: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "task_pool of the replayed clips")
+    enable_augmentation: bool = opt(
+        False, "while training: noise and gaps in features, streams left out, other questions and frames"
+    )
     augmentation_prob: float = opt(0.5, "probability of each augmentation", span=(0.0, 1.0))
+    augmentations: dict[str, float] = opt({}, "only these, each with its own probability", choices=AUGMENTATIONS)
     shuffle_labels: bool = opt(False, "control: permute the training labels among clips")
     max_bad: float = opt(0.01, "largest share of unreadable features")
     speaker_norm: bool = opt(
         False, "standardise utterance features by all clips of their speaker in the split, without looking at labels",
         "--speaker-norm",
     )  # fmt: skip
+
+    @property
+    def uses_text(self) -> bool:
+        return not self.streams or "text" in self.streams
+
+    def augment(self) -> dict[str, float]:
+        """The augmentations in use and their probabilities, in the order in which a sample draws them."""
+        chosen = self.augmentations or dict.fromkeys(AUGMENTATIONS, self.augmentation_prob)
+        return {name: chosen[name] for name in AUGMENTATIONS if name in chosen and self.enable_augmentation}
 
 
 @dataclass
@@ -82,14 +112,21 @@ def make_sample(
     question: str,
     slots: Sequence[str],
     target: str | None = None,
+    turns: Sequence[tuple[str, str]] = (),
 ) -> Sample:
-    """The sample of one clip; a slot without a value, or a text that is not known, is left out of the prompt."""
+    """The sample of one clip; a slot without a value, or a text that is not known, is left out of the prompt.
+
+    `turns`: (question, answer) of what was asked about the clip before; the first question has the clip beside it.
+    """
     features = [name for name in slots if name not in VISUAL and name in values]
-    text = clip.text if not cfg.streams or "text" in cfg.streams else None
+    text = clip.text if cfg.uses_text else None
+    asked = [*(prompts.parse_tagged(earlier) for earlier, _ in turns), (task, question)]
     segments = prompts.segments(
-        task, question, text, features, image="image" in values, cls="cls" in values,
+        *asked[0], text, features, image="image" in values, cls="cls" in values,
         layout=cfg.prompt_layout, chat_template=cfg.chat_template,
     )  # fmt: skip
+    for (_, said), (tag, following) in zip(turns, asked[1:], strict=True):
+        segments += prompts.next_turn(said, tag, following, cfg.chat_template)
     pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
     answer = encode(f"{target}</s>") if target is not None else []
@@ -142,11 +179,14 @@ class Features:
                         f"the model expects 1 + {rows}"
                     )
 
-    def __call__(self, clip: Clip) -> dict[str, Tensor]:
-        """Slot -> (rows, width) float32; a stream that the clip lacks, or that is broken, is absent."""
+    def __call__(self, clip: Clip, frame: float | None = None) -> dict[str, Tensor]:
+        """Slot -> (rows, width) float32; a stream that the clip lacks, or that is broken, is absent.
+
+        `frame`, in [0, 1), says which of a clip's frames stands for it where there are several; None: the middle one.
+        """
         values = {}
         for name in (*self.stores, *self.online):
-            value = self._read(name, clip)
+            value = self._read(name, clip, frame)
             if value is not None and name == self.visual:
                 values |= {"image": value[1:], "cls": value[:1]}
             elif value is not None:
@@ -154,7 +194,15 @@ class Features:
                 values[name] = value if own is None else relative(value, *own)
         return {name: value for name, value in values.items() if name in self.keep}
 
-    def _read(self, name: str, clip: Clip) -> Tensor | None:
+    def streams(self, clip: Clip) -> set[str]:
+        """What the clip has of the streams in use: "visual", and names of features."""
+        known = [name for name, store in self.stores.items() if clip.id in store]
+        known += [name for name in self.online if clip.path is not None]
+        known = [name for name in known if (name, clip.id) not in self.broken]
+        slots = [slot for name in known for slot in (VISUAL if name == self.visual else (name,))]
+        return {_stream(slot) for slot in slots if slot in self.keep}
+
+    def _read(self, name: str, clip: Clip, frame: float | None = None) -> Tensor | None:
         """One stream of a clip; None, and noted in `broken`, when it is unreadable, misshapen or not finite."""
         id = clip.id
         if (name, id) in self.broken or (name in self.stores and id not in self.stores[name]):
@@ -163,10 +211,12 @@ class Features:
         expected = (rows + 1, width) if name == self.visual else (1, width)
         try:
             if name in self.online:
-                value = encode_clip(clip, self.online[name], "patches", self.frame)
+                value = encode_clip(clip, self.online[name], "patches", self.frame if frame is None else frame)
             else:
                 value = torch.atleast_2d(self.stores[name][id]).float()
-            if value.shape != expected:
+            frames, rest = divmod(len(value), expected[0])
+            fits = frames == 1 or (frames > 1 and name == self.visual)
+            if value.shape[1:] != expected[1:] or rest or not fits:
                 raise UserError(f"{name}: id {id!r} has shape {tuple(value.shape)}, the model expects {expected}")
             if not torch.isfinite(value).all():
                 raise UserError(f"{name}: id {id!r} has non-finite values")
@@ -177,7 +227,7 @@ class Features:
             if name in self.online:
                 self.lose(str(error))
             return None
-        return value
+        return value.chunk(frames)[frames // 2 if frame is None else int(frame * frames)]
 
     def only(self, streams: list[str]) -> "Features":
         view = copy.copy(self)
@@ -260,6 +310,8 @@ class ClipData:
         seed: int = 0,
     ) -> None:
         self.features, self.cfg, self.encode, self.train, self.seed = features, cfg, encode, train, seed
+        self.augment = cfg.augment() if train else {}
+        self.blank: dict[str, Tensor] = {}  # slot -> (width,) what a coordinate that is dropped becomes; zero
         if cfg.speaker_norm:
             features.standardize_speakers(clips)
         self.clips, self.without_task = [], 0
@@ -289,31 +341,59 @@ class ClipData:
         has = {"emotion": clip.label is not None} | {task: True for task in clip.captions}
         return {task: weight for task, weight in self.cfg.task_pool.items() if has.get(task)}
 
+    def easy_to_hard(self, how: str) -> list[tuple[tuple[int, ...], int]]:
+        """(difficulty, index) of the clips by `how` of CURRICULA, equals by lot.
+
+        Difficulty: the number of streams, the words of the longest description, or both in this order.
+        """
+        ranked = []
+        for index, clip in enumerate(self.clips):
+            streams = len(self.features.streams(clip)) + (clip.text is not None and self.cfg.uses_text)
+            words = [len(clip.captions[task].split()) for task in self._tasks(clip) if task in clip.captions]
+            measures = {"modalities": (streams,), "length": (max(words, default=0),)}
+            difficulty = measures["modalities"] + measures["length"] if how == "both" else measures[how]
+            ranked.append((difficulty, random.Random(f"{self.seed}/{clip.id}").random(), index))
+        if how != "modalities" and not any(difficulty[-1] for difficulty, _, _ in ranked):
+            tasks = ", ".join(self.cfg.task_pool)
+            raise UserError(f"--data.curriculum {how}: no clip has a description for the tasks {tasks}")
+        return [(difficulty, index) for difficulty, _, index in sorted(ranked)]
+
     def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> Sample:
         """Clip `index` as a sample; training draws task, question, augmentation; evaluation asks the first question."""
         clip = self.clips[index]
         rng = random.Random(f"{self.seed}/{epoch}/{clip.id}") if self.train else None
         task = task or (prompts.choose(self._tasks(clip), rng) if rng is not None else "emotion")
         if question is None:
-            listed = task == "emotion" and tuple(self.cfg.labels) != prompts.EMOTIONS9
-            question = prompts.emotion_question(self.cfg.labels) if listed else prompts.pick_question(task, rng)
+            paraphrase = rng is not None and self._draws("question", rng)
+            question = prompts.pick_question(task, rng, self.cfg.labels, self.cfg.question, paraphrase)
         label = self.labels[index]
         raw = label if task == "emotion" else clip.captions.get(task)
-        target = prompts.process_answer(raw) if raw is not None else None
-        values = self.features(clip)
-        if rng is not None and self.cfg.enable_augmentation:
-            clip, values = self._augment(clip, values, rng)
+        target = prompts.target(raw, self.cfg.prompt_layout) if raw is not None else None
+        clip, values = (clip, self.features(clip)) if rng is None else self._augmented(clip, rng)
         clip = replace(clip, label=label)
         return make_sample(clip, values, self.cfg, self.encode, task, question, list(self.features.rows), target)
 
-    def _augment(self, clip: Clip, values: dict[str, Tensor], rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
-        """Each with augmentation_prob: noise of a tenth of a feature's deviation; only some streams are kept."""
-        if rng.random() < self.cfg.augmentation_prob:
+    def _draws(self, name: str, rng: random.Random) -> bool:
+        return name in self.augment and rng.random() < self.augment[name]
+
+    def _augmented(self, clip: Clip, rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
+        """The clip and its values, with what AUGMENTATIONS its draws bring.
+
+        Another frame; noise of a tenth of a feature's deviation; a tenth of its coordinates blanked; only some streams.
+        """
+        frame = rng.random() if self._draws("frame", rng) else None
+        values = self.features(clip, frame)
+        if self._draws("noise", rng):
             noise = torch.Generator().manual_seed(rng.getrandbits(63))
             tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
             values = {name: v + tenth[name] * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+        if self._draws("dropout", rng):
+            gaps = torch.Generator().manual_seed(rng.getrandbits(63))
+            for name, v in values.items():
+                kept = torch.rand(v.shape[-1], generator=gaps) >= 0.1
+                values[name] = torch.where(kept, v, self.blank.get(name, torch.zeros(())))
         streams = sorted({_stream(name) for name in values} | ({"text"} if clip.text else set()))
-        if len(streams) > 1 and rng.random() < self.cfg.augmentation_prob:
+        if len(streams) > 1 and self._draws("streams", rng):
             kept = rng.sample(streams, rng.randint(1, len(streams) - 1))
             values = {name: v for name, v in values.items() if _stream(name) in kept}
             clip = clip if "text" in kept else replace(clip, text=None)
@@ -389,3 +469,56 @@ def load_test(cfg: DataConfig, say: Callable[[str], None]) -> list[Clip]:
     if not cfg.test_file:
         raise UserError("--test-file is not set")
     return read_list(cfg, cfg.test_file, say)
+
+
+def load_replay(cfg: DataConfig, held_out: Sequence[Clip], say: Callable[[str], None]) -> list[Clip]:
+    """The replayed clips, none of a test split or of a group in `held_out`."""
+    if cfg.replay is None:
+        return []
+    if Path(cfg.replay).name in KNOWN_TESTS:
+        raise UserError(f"--data.replay {cfg.replay}: that is a published test set")
+    listed = read_list(cfg, cfg.replay, say)
+    known = {group_of(clip) for clip in held_out}
+    clips = [clip for clip in listed if (clip.split or "train") == "train" and not _is_test(clip, cfg)]
+    clips = [clip for clip in clips if group_of(clip) not in known]
+    if not clips:
+        raise UserError(f"--data.replay {cfg.replay}: none of its {len(listed)} clips may be trained on")
+    if len(clips) < len(listed):
+        say(f"replay: {len(listed) - len(clips)} of {len(listed)} clips left out, which validation or test know")
+    return clips
+
+
+def check(cfg: DataConfig) -> None:
+    """UserError for values that no type or list of choices rules out."""
+    if not cfg.labels:
+        raise UserError("--data.labels: none are given")
+    if strange := [label for label in cfg.labels if label not in prompts.OFFERED.get(cfg.question, cfg.labels)]:
+        names = ", ".join(strange)
+        raise UserError(f"--data.question {cfg.question}: does not offer {names} of --data.labels")
+    if cfg.augmentations and not cfg.enable_augmentation:
+        raise UserError("--data.augmentations: needs --data.enable-augmentation")
+    for name, p in {"augmentation-prob": cfg.augmentation_prob, **cfg.augmentations}.items():
+        if not 0 <= p <= 1:
+            name = f"augmentations {name}" if name in cfg.augmentations else name
+            raise UserError(f"--data.{name}: {p:g} is no probability")
+    if not 0 < cfg.curriculum_share <= 1:
+        raise UserError(f"--data.curriculum-share: {cfg.curriculum_share:g} is not above 0 and at most 1")
+    if cfg.curriculum_epochs < 0:
+        raise UserError(f"--data.curriculum-epochs: {cfg.curriculum_epochs} is negative")
+    if not 0 < cfg.replay_ratio < 1:
+        raise UserError(f"--data.replay-ratio: {cfg.replay_ratio:g} is not between 0 and 1")
+
+
+def label_gaps(cfg: DataConfig, clips: dict[str, list[Clip]]) -> list[str]:
+    """Warnings about labels that no clip of clips["train"] has: those of the question, and of each other split."""
+    trained = {clip.label for clip in clips["train"]}
+    lines = []
+    if absent := [label for label in prompts.OFFERED.get(cfg.question, cfg.labels) if label not in trained]:
+        lines.append(f"warning: no training clip is labelled {', '.join(absent)}, of the labels the question offers")
+    for split, others in clips.items():
+        labels = [clip.label for clip in others]
+        absent = [label for label in cfg.labels if label in labels and label not in trained]
+        if absent:
+            counts = ", ".join(f"{label} ({labels.count(label)})" for label in absent)
+            lines.append(f"warning: {split} clips have labels that no training clip has: {counts}")
+    return lines

@@ -1,8 +1,10 @@
-"""The order of training samples as a pure function of the step, read ahead by threads."""
+"""The order of training samples as a pure function of their number, read ahead by threads."""
 
+from bisect import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -12,41 +14,92 @@ from data.clips import ClipData, Sample
 AHEAD = 2  # windows prepared beyond the one in use
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the samples in pass `epoch` over the data."""
+    """Order of `size` samples in pass `epoch` over them."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def window(
-    step: int, size: int, seed: int, batch: int, accum: int, rank: int, world: int
-) -> list[list[tuple[int, int]]]:
+class Order:
+    """Which clip the n-th sample takes: passes over `size` clips without a gap, each in a random order of its own.
+
+    With a curriculum, `ranked` lists the clips from easy to hard. A pass that begins among the first `ramp` samples
+    takes the easiest ones only: the part `share` of all at the start, linearly more later, all from sample `ramp` on,
+    where the pass at hand is cut off. With `replay` clips of another set, whose indices follow, the part `ratio` of the
+    samples, evenly spread, is theirs.
+    """
+
+    def __init__(
+        self, size: int, seed: int, ranked: Sequence[int] | None = None, share: float = 1.0, ramp: int = 0,
+        replay: int = 0, ratio: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.size, self.seed, self.ranked = size, seed, ranked
+        self.replay, self.ratio = replay, Fraction(str(ratio)) if replay else Fraction(0)
+        self.share, self.ramp = share, ramp - int(ramp * self.ratio)  # from here on in samples of our own
+        self.starts = [0]  # of the passes over a part of the clips, and of the first over all
+        while self.starts[-1] < self.ramp:
+            begin = self.starts[-1]
+            self.starts.append(min(begin + self._pool(begin), self.ramp))
+
+    def __call__(self, n: int) -> tuple[int, int]:
+        """(pass, index) of sample n, counted from 0 over all steps and ranks."""
+        replayed = int(n * self.ratio)
+        if int((n + 1) * self.ratio) > replayed:
+            epoch, at = divmod(replayed, self.replay)
+            return epoch, self.size + int(permutation(self.replay, self.seed, epoch)[at])
+        n -= replayed
+        epoch = bisect(self.starts, n) - 1
+        if self.ranked is not None and n < self.ramp:
+            begin = self.starts[epoch]
+            return epoch, self.ranked[permutation(self._pool(begin), self.seed, epoch)[n - begin]]
+        more, at = divmod(n - self.starts[-1], self.size)
+        return epoch + more, int(permutation(self.size, self.seed, epoch + more)[at])
+
+    def pool(self, n: int) -> int:
+        """How many of our own clips take part in the pass that sample n belongs to."""
+        n -= int(n * self.ratio)
+        return self._pool(self.starts[bisect(self.starts, n) - 1])
+
+    def _pool(self, begin: int) -> int:
+        if begin >= self.ramp:
+            return self.size
+        return max(1, round(self.size * (self.share + (1 - self.share) * begin / self.ramp)))
+
+
+def window(step: int, order: Order, batch: int, accum: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
     """(pass, index) of this rank's micro-batches in optimiser step `step`.
 
     Passes over the data follow each other without a gap, whatever an epoch's length is; 1 x 8, 2 ranks x 4 and 2
     accumulated x 4 take the same samples.
     """
-    micro_batches = []
-    for micro in range(accum):
-        first = ((step * accum + micro) * world + rank) * batch
-        places = [divmod(first + j, size) for j in range(batch)]
-        micro_batches.append([(epoch, int(permutation(size, seed, epoch)[at])) for epoch, at in places])
-    return micro_batches
+    firsts = [((step * accum + micro) * world + rank) * batch for micro in range(accum)]
+    return [[order(first + j) for j in range(batch)] for first in firsts]
 
 
 def windows(
-    data: ClipData, steps: range, seed: int, batch: int, accum: int, rank: int, world: int, workers: int
+    parts: Sequence[ClipData], order: Order, steps: range, batch: int, accum: int, rank: int, world: int, workers: int
 ) -> Iterator[list[list[Sample]]]:
-    """Each step's micro-batches of samples; with workers > 0 prepared by threads ahead of their use."""
-    plan = (window(step, len(data), seed, batch, accum, rank, world) for step in steps)
+    """Each step's micro-batches of samples; with workers > 0 prepared by threads ahead of their use.
+
+    The indices of a part follow those of the parts before it.
+    """
+
+    def sample(epoch: int, index: int) -> Sample:
+        for part in parts[:-1]:
+            if index < len(part):
+                return part.sample(index, epoch)
+            index -= len(part)
+        return parts[-1].sample(index, epoch)
+
+    plan = (window(step, order, batch, accum, rank, world) for step in steps)
     if workers <= 0:
         for micro_batches in plan:
-            yield [[data.sample(i, epoch) for epoch, i in micro] for micro in micro_batches]
+            yield [[sample(*place) for place in micro] for micro in micro_batches]
         return
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()
         for micro_batches in plan:
-            waiting.append([[pool.submit(data.sample, i, epoch) for epoch, i in micro] for micro in micro_batches])
+            waiting.append([[pool.submit(sample, *place) for place in micro] for micro in micro_batches])
             if len(waiting) > AHEAD:
                 yield [[future.result() for future in micro] for micro in waiting.popleft()]
         while waiting:

@@ -43,6 +43,12 @@ BENCHMARKS = {
     "mer-ov": Benchmark("emotion words of any wording, as sets", "reason_v2", file="EMER_332_NCE.txt"),
     "clips": Benchmark("any manifest or list"),
 }  # fmt: skip
+METRICS = (  # what evaluate() and loss() give and a checkpoint can be chosen by
+    "weighted_f1", "accuracy", "war", "uar", "macro_f1", "precision_weighted", "recall_weighted", "invalid",
+    "clue_overlap", "loss",
+)  # fmt: skip
+LOWER = ("loss", "invalid")  # of these the lower is the better
+OF_DESCRIPTIONS = ("clue_overlap",)  # of these the answers are descriptions
 
 
 @dataclass

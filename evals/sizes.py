@@ -8,7 +8,7 @@ from common.config import UserError
 from common.weights import find_weights
 from data.clips import DataConfig, make_sample
 from data.manifest import Clip
-from data.prompts import pick_question, process_answer
+from data.prompts import pick_question, target
 from model.llm import Llama, LlamaConfig
 from model.mllm import Mllm, MllmConfig
 from model.quant import BITS
@@ -82,8 +82,9 @@ def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[
     task = next((t for t in data.task_pool if t == "emotion" or t in clip.captions), "emotion")
     raw = clip.label if task == "emotion" else clip.captions[task]
     values = {name: torch.empty(rows, device="meta") for name, rows in cfg.rows().items()}
-    question = pick_question(task)
-    sample = make_sample(clip, values, data, encode, task, question, list(values), process_answer(raw or ""))
+    question = pick_question(task, None, data.labels, data.question)
+    answer = target(raw or "", data.prompt_layout)
+    sample = make_sample(clip, values, data, encode, task, question, list(values), answer)
     text = sum(len(piece) for piece in sample.pieces if isinstance(piece, list))
     embedded = sum(cfg.places(piece) for piece in sample.pieces if isinstance(piece, str))
     say(f"tokens a sample: {embedded} embedded + {text} prompt text + {len(sample.answer)} answer = "

@@ -243,6 +243,12 @@ class Mllm(nn.Module):
             projection.mean.copy_(mean)
             projection.std.copy_(std.clamp_min(1e-5))  # a constant column stays finite
 
+    def means(self) -> dict[str, Tensor]:
+        """The means that set_statistics was given, by slot, on the CPU; empty where nothing is standardised."""
+        if not self.cfg.normalize:
+            return {}
+        return {name: module.get_buffer("mean").cpu() for name, module in self.projections.items()}
+
 
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
     """Small files that make a checkpoint stand alone: the language model's shape and the tokenizer."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import train_llm
 from common import checkpoint, config, dist, optim
 from data.clips import ClipData, Features, load_splits
-from data.loader import window
+from data.loader import Order, window
 from model import mllm as multimodal
 from tests.conftest import FORK, end
 
@@ -243,10 +243,10 @@ def stopped(argv, at, victims):
     schedule, write, look = train_llm.lr_at, checkpoint.save_file, checkpoint.newest
     rank = int(os.environ["RANK"])
 
-    def lr_at(step, total, cfg):
+    def lr_at(step, total, cfg, iters):
         if step == at and rank in victims:
             os.kill(os.getpid(), signal.SIGTERM)
-        return schedule(step, total, cfg)
+        return schedule(step, total, cfg, iters)
 
     def save_file(tensors, path):
         if f"step_{at + 1:06d}" in str(path) and rank in victims:
@@ -345,7 +345,7 @@ def dense_gradients(argv):
     clips = load_splits(cfg.data, cfg.seed, False, lambda _: None)["train"]
     data = ClipData(clips, Features(cfg.model.rows(), "patches", cfg.data), cfg.data, tokenizer.encode, True, cfg.seed)
     total, tokens = torch.zeros(()), 0
-    for epoch, index in window(0, len(data), cfg.seed, 8, 1, 0, 1)[0]:
+    for epoch, index in window(0, Order(len(data), cfg.seed), 8, 1, 0, 1)[0]:
         sample = data.sample(index, epoch)
         parts = []
         for piece in sample.pieces:
@@ -580,7 +580,7 @@ def test_a_full_disk_keeps_what_was_saved(merr, fails, tmp_path, monkeypatch, si
 def test_a_loss_that_is_not_a_number_stops_the_run(merr, fails, tmp_path):
     out = tmp_path / "run"
     line = fails(*merr.argv, *LONG, *TOO_FAST, "--save-steps", 1, "--out", out)
-    ids = ", ".join(merr.ids[index] for _, index in window(1, 24, 42, 2, 1, 0, 1)[0])
+    ids = ", ".join(merr.ids[index] for _, index in window(1, Order(24, 42), 2, 1, 0, 1)[0])
     assert line == (
         f"step 1: loss nan, gradient norm nan, lr 1e+30, clips {ids}; the last checkpoint is kept: "
         "lower --lr, set --grad-clip, or check these clips' features"
@@ -600,7 +600,7 @@ def test_every_rank_stops_and_names_its_own_clips(merr, ranks, tmp_path):
     argv = [*merr.argv, *LONG, *TOO_FAST, "--out", tmp_path / "run"]
     assert ranks(2, stopped_by_a_mistake, argv, str(tmp_path / "said")) == [2, 2]
     for rank in (0, 1):
-        ids = ", ".join(merr.ids[index] for _, index in window(1, 24, 42, 2, 1, rank, 2)[0])
+        ids = ", ".join(merr.ids[index] for _, index in window(1, Order(24, 42), 2, 1, rank, 2)[0])
         said = (tmp_path / f"said{rank}").read_text()
         assert f"train_llm.py: error: step 1: loss nan, gradient norm nan, lr 1e+30, clips {ids}; " in said
         assert "Traceback" not in said
@@ -684,3 +684,227 @@ def test_a_run_writes_what_it_promises(merr, tmp_path, capsys):
     assert results["test"]["score"]["clips"] == 9
     assert (out / "config.yaml").is_file()
     assert list((out / "tensorboard").glob("events*"))
+
+
+# ---- the order of clips, replay, augmentation
+
+
+CURRICULUM = [
+    "--data.curriculum", "both", "--data.curriculum-epochs", 2, "--data.curriculum-share", 0.2, "--task-pool", "reason",
+    "--data.replay", "MERR_coarse_grained.txt", "--data.replay-ratio", 0.25, "--augmentation-prob", 0.7,
+    "--optim.lr-stages", "0=5e-3,1=1e-3", "--epochs", 3, "--iters-per-epoch", 5, "--batch-size", 4,
+]  # fmt: skip
+
+
+def said_and_log(argv, out, capsys):
+    capsys.readouterr()
+    assert train([*argv, "--out", out]) == 0
+    return capsys.readouterr().out, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_curriculum_with_replay_is_logged_and_resumes_in_its_middle(merr, tmp_path, capsys):
+    argv, out = [*merr.argv, *CURRICULUM, "--save-steps", 4], tmp_path / "run"
+    said, log = said_and_log(argv, out, capsys)
+    assert "curriculum both: 5 of 24 clips at first, all after 2 epochs; streams, words: from 1, " in said
+    coverage = "(voice 21/24, patches 24/24, text 20/24)"
+    assert f"replay: 24 clips of MERR_coarse_grained.txt {coverage}, 25% of the samples\n" in said
+    assert "augmentation: question 0.7, frame 0.7, noise 0.7, dropout 0.7, streams 0.7\n" in said
+    pools = {record["step"]: record["pool"] for record in log}
+    assert pools[1] == 5
+    assert pools[10] < 24  # the step before the end of the second epoch
+    assert {pools[step] for step in range(11, 16)} == {24}
+    assert sorted(pools.values()) == list(pools.values())
+    assert [record["lr"] for record in log] == [5e-3] * 5 + [1e-3] * 10
+    for step in (4, 8):  # in the middle of the first and of the second epoch
+        again = tmp_path / f"from_{step}"
+        start = out / "checkpoints" / f"step_{step:06d}"
+        assert train([*argv, "--resume", start, "--out", again]) == 0
+        assert model_bytes(again) == model_bytes(out)
+        assert [json.loads(line)["pool"] for line in (again / "log.jsonl").read_text().splitlines()] == [
+            pools[later] for later in range(step + 1, 16)
+        ]
+
+
+def first_ids(argv):
+    """The clips of the first two optimiser steps of this rank."""
+    ids, pack = [], train_llm.pack
+
+    def noted(samples, cfg):
+        ids.extend((sample.id, sample.task, sample.prompt) for sample in samples)
+        return pack(samples, cfg)
+
+    train_llm.pack = noted
+    assert train([*argv, "--epochs", 1, "--iters-per-epoch", 2]) == 0
+    return ids
+
+
+def test_a_curriculum_with_replay_takes_the_same_clips_however_it_is_split(merr, ranks, tmp_path):
+    argv = [*merr.argv, *CURRICULUM, "--out"]
+    [whole] = ranks(1, first_ids, [*argv, tmp_path / "a", "--batch-size", 8])
+    [accumulated] = ranks(1, first_ids, [*argv, tmp_path / "b", "--batch-size", 4, "--accum", 2])
+    first, second = ranks(2, first_ids, [*argv, tmp_path / "c", "--batch-size", 4])
+    assert len(whole) == 16
+    assert accumulated == whole
+    assert first[:4] + second[:4] + first[4:] + second[4:] == whole
+    assert [task for _, task, _ in whole].count("emotion") > 0  # only replayed clips are asked for it
+    assert {task for i, (_, task, _) in enumerate(whole) if i % 4 != 3} == {"reason"}
+
+
+def test_an_epoch_is_one_pass_over_the_own_clips(merr, tmp_path, capsys):
+    argv = [*merr.argv, "--data.replay", "MERR_coarse_grained.txt", "--data.replay-ratio", 0.25, "--batch-size", 4]
+    said, _ = said_and_log([*argv, "--epochs", 1], tmp_path / "run", capsys)
+    assert "8 steps an epoch, 8 in all" in said  # 24 own and 8 replayed samples
+
+
+def test_replay_leaves_out_what_validation_knows(merr, tmp_path, capsys):
+    argv = [*merr.argv, "--data.replay", "MERR_coarse_grained.txt", "--epochs", 1, "--iters-per-epoch", 1, "--evaluate"]
+    said, _ = said_and_log(argv, tmp_path / "run", capsys)
+    assert "replay: 6 of 24 clips left out, which validation or test know\n" in said
+    assert "replay: 18 clips of " in said
+
+
+def test_two_tasks_are_mixed_by_their_weights(merr, ranks, tmp_path):
+    """reason for 30 % of the samples, reason_v2 for 70 %: each asks its own question and has its own target."""
+    argv = [*merr.argv, "--task-pool", "reason=0.3,reason_v2=0.7", "--out", tmp_path / "run", "--batch-size", 200]
+    [drawn] = ranks(1, first_ids, argv)
+    tasks = [task for _, task, _ in drawn]
+    assert len(tasks) == 400
+    assert set(tasks) == {"reason", "reason_v2"}
+    assert tasks.count("reason") / 400 == pytest.approx(0.3, abs=0.07)
+    assert all(f"[{task}]" in prompt for _, task, prompt in drawn)
+
+
+def test_labels_that_training_lacks_are_named_at_the_start(merr, data, tmp_path, capsys):
+    path = data / "MERR_coarse_grained.txt"
+    rows = [row for row in path.read_text().splitlines() if "neutral" not in row]
+    path.write_text("\n".join(rows))
+    argv = [*merr.argv, "--data-root", data, "--epochs", 1, "--iters-per-epoch", 1]
+    said, _ = said_and_log(argv, tmp_path / "run", capsys)
+    assert "warning: no training clip is labelled neutral, of the labels the question offers\n" in said
+    assert "warning: test clips have labels that no training clip has: neutral (2)\n" in said
+    (data / "relative_test3_NCEV.txt").unlink()  # needed for --test only
+    said, _ = said_and_log(argv, tmp_path / "other", capsys)
+    assert said.count("warning: ") == 1
+
+
+# ---- choosing and stopping
+
+
+def scripted(monkeypatch, values, metric):
+    """Evaluations that give these values of `metric` one after the other; what else they give is their own."""
+    whole, script = train_llm.emotion.evaluate, iter(values)
+
+    def evaluate(*args):
+        scores, records = whole(*args)
+        return scores | {metric: next(script)}, records
+
+    monkeypatch.setattr(train_llm.emotion, "evaluate", evaluate)
+
+
+STOPPING = ["--iters-per-epoch", 2, "--batch-size", 2, "--evaluate", "--eval-every", 1, "--epochs", 9, "--patience", 2]
+
+
+def test_patience_ends_a_run_and_resumes_exactly(merr, tmp_path, capsys, monkeypatch):
+    """The second evaluation is the best; two later without a better one, a tie among them, end the run."""
+    values, out = [0.5, 0.7, 0.7, 0.6, 0.9, 0.9], tmp_path / "run"
+    argv = [*merr.argv, *STOPPING, "--metric", "uar"]
+    with monkeypatch.context() as patch:
+        scripted(patch, values, "uar")
+        said, log = said_and_log(argv, out, capsys)
+    end = "after step 8 of 18, 2 evaluations without a better uar, best uar 0.7000"
+    assert f"finished: {out}/checkpoints {end}\n" in said
+    assert [record["valid/uar"] for record in log if "valid/uar" in record] == values[:4]
+    last, results = checkpoint.read_state(out / "checkpoints/last"), json.loads((out / "results.json").read_text())
+    assert (last["step"], last["stale"]) == (8, 2)
+    assert os.readlink(out / "checkpoints/best") == "epoch_002"
+    assert results["best"] == {"metric": "uar", "value": 0.7, "checkpoint": "epoch_002"}
+    assert train([*argv, "--out", out, "--resume"]) == 0  # it stays ended
+    assert capsys.readouterr().out.endswith(f"finished: {out}/checkpoints {end}\n")
+
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        scripted(patch, values[3:], "uar")
+        assert train([*argv, "--resume", out / "checkpoints/epoch_003", "--out", again]) == 0
+    assert end in capsys.readouterr().out
+    assert model_bytes(again) == model_bytes(out)
+    other = checkpoint.read_state(again / "checkpoints/last")
+    assert {**other, "config": None} == {**last, "config": None}
+    with monkeypatch.context() as patch:  # with more patience it goes on
+        scripted(patch, values[4:] + [0.1] * 9, "uar")
+        assert train([*argv, "--out", out, "--resume", "--patience", 3]) == 0
+    assert checkpoint.read_state(out / "checkpoints/last")["step"] == 16  # best at epoch 5, then three without a better
+
+
+def test_patience_on_two_processes(merr, ranks, tmp_path):
+    argv = [*merr.argv, *STOPPING, "--metric", "loss", "--lr", "1e-9", "--min-lr", "0", "--out", tmp_path / "run"]
+    assert ranks(2, train, argv) == [0, 0]  # a rank that trained on would wait for the other
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "last")
+    assert state["step"] < 18
+    assert state["stale"] == 2
+
+
+@pytest.mark.parametrize(("metric", "best"), [("uar", [5, 2, 6]), ("invalid", [1, 3, 4])])
+def test_the_best_checkpoints_are_kept(merr, tmp_path, monkeypatch, metric, best):
+    values, out = [0.1, 0.6, 0.2, 0.4, 0.8, 0.5, 0.45], tmp_path / "run"
+    argv = [*merr.argv, "--iters-per-epoch", 1, "--batch-size", 2, "--evaluate", "--eval-every", 1, "--save-best"]
+    argv += ["--save-every", 7, "--epochs", 7, "--keep", 1, "--keep-best", 3, "--metric", metric, "--out", out]
+    scripted(monkeypatch, values, metric)
+    assert train(argv) == 0
+    names = [f"epoch_{epoch:03d}" for epoch in best]
+    kept = {path.name for path in checkpoint.checkpoints(out / "checkpoints")}
+    assert kept == {*names, "epoch_007"}
+    assert os.readlink(out / "checkpoints" / "best") == names[0]
+    ranking = json.loads((out / "results.json").read_text())["ranking"]
+    assert [point["checkpoint"] for point in ranking] == names
+    assert [point["value"] for point in ranking] == sorted(values, reverse=metric == "uar")[:3]
+
+
+def test_clue_overlap_chooses_in_a_pool_with_labels(merr, tmp_path, capsys):
+    """The best of a run on emotion and reason by how well it describes: the validation clips are asked to reason."""
+    argv = [*merr.argv, "--evaluate", "--eval-every", 1, "--epochs", 2, "--iters-per-epoch", 2, "--save-best"]
+    said, log = said_and_log([*argv, "--metric", "clue_overlap", "--max-new-tokens", 6], tmp_path / "run", capsys)
+    scores = [record["valid/clue_overlap"] for record in log if "valid/clue_overlap" in record]
+    assert len(scores) == 2
+    assert checkpoint.read_state(tmp_path / "run/checkpoints/last")["best"]["value"] == max(scores)
+    answers = [record["valid/distinct_answers"] for record in log if "valid/loss" in record]
+    assert f"  reason: {answers[0]} distinct answers to 6 clips, 6 of which have a target\n" in said
+
+
+def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
+    argv = [*merr.argv, "--evaluate", "--eval-every", 1, "--iters-per-epoch", 2, "--save-best"]
+    argv += ["--out", tmp_path / "run"]
+    assert train([*argv, "--epochs", 1, "--metric", "uar"]) == 0
+    assert train([*argv, "--epochs", 2, "--metric", "loss", "--resume"]) == 0
+    assert "the best by uar so far says nothing about loss: the choice begins anew\n" in capsys.readouterr().out
+    best = checkpoint.read_state(tmp_path / "run/checkpoints/last")["best"]
+    assert (best["metric"], best["checkpoint"]) == ("loss", "epoch_002")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--patience", 3], "--patience: needs --evaluate"),
+        (["--patience", -1, "--evaluate"], "--patience: -1 is negative"),
+        (["--keep-best", 0], "--keep-best: 0 is below 1"),
+        (["--keep-best", 2], "--keep-best: needs --save-best"),
+        (["--patience", 3, "--evaluate", "--valid-share", 0],
+         "--patience: there are no validation clips (--valid-file, or --data.valid-share above 0)"),
+        (["--evaluate", "--metric", "clue_overlap", "--task-pool", "emotion"],
+         "--metric clue_overlap: --data.task-pool has no task with descriptions"),
+        (["--metric", "bleu"], "--metric: 'bleu' is not one of weighted_f1, accuracy, war, uar, macro_f1, "
+         "precision_weighted, recall_weighted, invalid, clue_overlap, loss"),
+        (["--data.curriculum", "hard"], "--data.curriculum: 'hard' is not one of none, modalities, length, both"),
+        (["--data.curriculum", "length", "--task-pool", "emotion"],
+         "--data.curriculum length: no clip has a description for the tasks emotion"),
+        (["--data.curriculum-share", 2, "--optim.lr-stages", "3=1e-5"],
+         "--data.curriculum-share: 2 is not above 0 and at most 1; --optim.lr-stages: begins at epoch 3, not at 0"),
+        (["--optim.lr-stages", "0=fast"], "--optim.lr-stages: 'fast' is not a float"),
+        (["--data.replay", "old.txt"], "annotation_file 'old.txt' not found (looked for {root}/old.txt and old.txt)"),
+        (["--data.augmentations", "blur=0.5"],
+         "--data.augmentations: 'blur' is not one of question, frame, noise, dropout, streams"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_in_one_line(merr, fails, tmp_path, argv, line):
+    out = tmp_path / "run"
+    assert fails(*merr.argv, *argv, "--out", out) == line.format(root=merr.root)
+    assert not out.exists()

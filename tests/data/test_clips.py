@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from common.config import UserError
-from data.clips import ClipData, DataConfig, Features, load_splits, load_test, make_sample
+from data import prompts
+from data.clips import (
+    AUGMENTATIONS,
+    ClipData,
+    DataConfig,
+    Features,
+    check,
+    label_gaps,
+    load_replay,
+    load_splits,
+    load_test,
+    make_sample,
+)
 from data.features import FeatureStore, StoreWriter
 from data.manifest import Clip
 from data.prompts import EMOTIONS9, QUESTIONS
@@ -83,6 +95,20 @@ def test_pictures_encoded_online_are_those_of_the_frame_asked_for(root, tmp_path
     assert light[0] + 5 < light[1]
 
 
+def test_the_frame_that_is_encoded_online_is_drawn(root, tmp_path):
+    make_video(tmp_path / "a.mp4", 10)
+    clips = [replace(CLIPS[0], path=str(tmp_path / "a.mp4"))]
+    cfg = DataConfig(data_root=str(root), labels=LABELS, enable_augmentation=True, augmentations={"frame": 0.5})
+    features = Features(ROWS, "eva", cfg, Drawn())
+    data = ClipData(clips, features, cfg, encode, train=True)
+    light = [float(data.sample(0, epoch).values["cls"].mean()) for epoch in range(60)]
+    first = float(features(clips[0])["cls"].mean())
+    assert 15 < sum(value == first for value in light) < 45  # half of the samples, and those that draw the first
+    assert len(set(light)) > 6
+    assert max(light) > first + 50
+    assert float(ClipData(clips, features, cfg, encode).sample(0).values["cls"].mean()) == first
+
+
 def test_online_a_broken_video_counts_as_absent_and_too_many_end_the_run(root, tmp_path):
     said = []
     clips = [replace(clip, path=str(tmp_path / f"{clip.id}.mp4")) for clip in CLIPS]
@@ -123,6 +149,32 @@ def test_a_sample_holds_its_streams_in_prompt_order(root):
     assert bytes(sample.answer).decode() == "happy</s>"
     assert (sample.id, sample.label, sample.task, sample.target) == ("a", "happy", "emotion", "happy")
     assert {name: tuple(value.shape) for name, value in sample.values.items()} == ROWS
+
+
+def test_the_clean_layout_keeps_targets_as_they_are_written(root):
+    data = dataset(root, prompt_layout="clean")
+    assert data.sample(0, task="reason").target == "Because of a!"
+    assert bytes(data.sample(0, task="reason").answer).decode() == "Because of a!</s>"
+    assert dataset(root).sample(0, task="reason").target == "because of a"
+    assert "says: I am a. [emotion]" in data.sample(0).prompt
+
+
+@pytest.mark.parametrize("layout", prompts.LAYOUTS)
+@pytest.mark.parametrize("chat", [True, False])
+def test_turns_are_laid_out_as_llama_2_has_them(root, layout, chat):
+    """Each turn <s>[INST] question [/INST] answer </s>; the clip is in the first."""
+    data = dataset(root, prompt_layout=layout, chat_template=chat)
+    values = data.features(CLIPS[0])
+    turns = [("[reason] Why?", "He smiles."), ("Is he well?", "Yes.")]
+    made = make_sample(CLIPS[0], values, data.cfg, encode, "emotion", "Which?", list(ROWS), turns=turns)
+    first = make_sample(CLIPS[0], values, data.cfg, encode, "reason", "Why?", list(ROWS))
+    head, tail = ("[INST] ", " [/INST]") if chat else ("", "")
+    later = f"He smiles. </s><s>{head}[reason] Is he well?{tail}Yes. </s><s>{head}[emotion] Which?{tail}"
+    assert made.prompt == text_of(made) == first.prompt + later
+    assert made.pieces[: len(first.pieces)] == first.pieces  # answers start a segment of their own, as in training
+    assert (made.id, made.task, made.answer) == ("a", "emotion", [])
+    slots = [piece for piece in made.pieces if isinstance(piece, str)]
+    assert sorted(slots) == sorted(ROWS)  # once each
 
 
 def test_streams_that_are_missing_leave_no_slot_and_no_sentence(root):
@@ -205,7 +257,7 @@ def test_a_training_sample_is_a_function_of_seed_pass_and_clip(root):
 
 
 def test_augmentation_adds_a_tenth_of_noise_and_drops_streams(root):
-    data = dataset(root, train=True, enable_augmentation=True, augmentation_prob=0.5)
+    data = dataset(root, train=True, enable_augmentation=True, augmentations={"noise": 0.5, "streams": 0.5})
     plain = dataset(root).sample(0)
     ratios, kept, texts = [], [], []
     for epoch in range(600):
@@ -222,6 +274,164 @@ def test_augmentation_adds_a_tenth_of_noise_and_drops_streams(root):
     assert all(("image" in names) == ("cls" in names) for names in kept)  # one stream
     assert 0.6 < sum(texts) / 600 < 0.9
     assert {said for names, said in zip(kept, texts, strict=True) if not names} == {True}  # something is always left
+
+
+def test_a_tenth_of_the_coordinates_is_blanked(root):
+    data = dataset(root, train=True, enable_augmentation=True, augmentations={"dropout": 0.5})
+    data.blank = {"voice": torch.full((5,), 7.0)}  # as the model's means, where it standardises
+    plain, gaps, changed = dataset(root).sample(0).values, {name: 0 for name in ROWS}, 0
+    for epoch in range(1000):
+        values = data.sample(0, epoch).values
+        assert {name: value.shape for name, value in values.items()} == {name: v.shape for name, v in plain.items()}
+        for name, value in values.items():
+            blank = value != plain[name]
+            assert (blank.all(0) == blank.any(0)).all()  # in every row
+            assert torch.equal(value[blank], torch.full((int(blank.sum()),), 7.0 if name == "voice" else 0.0))
+            gaps[name] += int(blank[0].sum())
+        changed += any(not torch.equal(value, plain[name]) for name, value in values.items())
+    for name, (_, width) in ROWS.items():
+        assert gaps[name] / (1000 * width) == pytest.approx(0.05, abs=0.012), name  # half of the samples, a tenth each
+    assert changed < 1000 * 0.5
+
+
+def test_the_question_is_paraphrased(root):
+    data = dataset(root, train=True, task_pool={"emotion": 1.0}, enable_augmentation=True,
+                   augmentations={"question": 0.5})  # fmt: skip
+    first, *others = prompts.label_questions(LABELS)
+    asked = [data.sample(0, epoch).prompt.split("[emotion] ")[1].removesuffix("  [/INST]") for epoch in range(400)]
+    assert set(asked) == {first, *others}
+    assert asked.count(first) / 400 == pytest.approx(0.5, abs=0.08)
+    assert dataset(root, question="nine").sample(0).prompt.count(prompts.emotion_question(EMOTIONS9)) == 1
+
+
+def test_a_frame_of_several_stands_for_the_clip(root, tmp_path):
+    (root / "eva").rename(tmp_path / "old")
+    writer = StoreWriter(root / "eva", {"dim": 3, "encoder": "eva"})
+    for id, frames in (("a", 3), ("b", 1)):  # frame k holds k
+        writer.add(id, torch.arange(float(frames)).repeat_interleave(5)[:, None].expand(-1, 3))
+    writer.finish()
+    data = dataset(root, train=True, enable_augmentation=True, augmentations={"frame": 1.0})
+    drawn = [data.sample(0, epoch).values["image"] for epoch in range(90)]
+    assert {float(value[0, 0]) for value in drawn} == {0.0, 1.0, 2.0}
+    assert all(len(value.unique()) == 1 and value.shape == (4, 3) for value in drawn)
+    still = dataset(root, train=True).features
+    assert [float(still(CLIPS[0], frame)["image"][0, 0]) for frame in (None, 0.0, 0.34, 0.99)] == [1, 0, 1, 2]
+    assert float(data.sample(1, 0).values["image"][0, 0]) == 0
+    assert not still.broken
+
+
+def test_which_augmentations_are_on():
+    cfg = DataConfig(enable_augmentation=True, augmentation_prob=0.3)
+    assert cfg.augment() == dict.fromkeys(AUGMENTATIONS, 0.3)
+    cfg.augmentations = {"streams": 0.1, "noise": 0.2}
+    assert list(cfg.augment().items()) == [("noise", 0.2), ("streams", 0.1)]
+    cfg.enable_augmentation = False
+    assert cfg.augment() == {}
+
+
+# ---- the order and the choice of clips
+
+
+def test_from_easy_to_hard(root):
+    def told(words):
+        return {"reason": "so " * words} if words else {}
+
+    clips = [
+        Clip("a", text="hi", label="sad", captions=told(9)),  # picture, face, voice, text
+        Clip("b", label="sad", captions=told(1)),
+        Clip("e", label="sad", captions=told(5)),  # no face
+        Clip("f", text="hi", label="sad", captions=told(2)),  # no voice
+        Clip("x", text="hi", label="sad", captions=told(7)),  # text alone
+        Clip("y", text="hi", label="sad"),
+    ]
+    data = dataset(root, train=True, clips=clips)
+
+    def ranked(data, how):
+        return [(difficulty, data.clips[index].id) for difficulty, index in data.easy_to_hard(how)]
+
+    assert ranked(data, "length") == [((0,), "y"), ((1,), "b"), ((2,), "f"), ((5,), "e"), ((7,), "x"), ((9,), "a")]
+    assert ranked(data, "both") == [
+        ((1, 0), "y"), ((1, 7), "x"), ((2, 5), "e"), ((3, 1), "b"), ((3, 2), "f"), ((4, 9), "a")
+    ]  # fmt: skip
+    assert [difficulty for difficulty, _ in ranked(data, "modalities")] == [(1,), (1,), (2,), (3,), (3,), (4,)]
+    assert dict(map(reversed, ranked(dataset(root, True, clips=clips, streams=["voice", "text"]), "modalities"))) == {
+        "a": (2,), "b": (1,), "e": (1,), "f": (1,), "x": (1,), "y": (1,)
+    }  # fmt: skip
+    with pytest.raises(UserError) as error:
+        dataset(root, train=True, clips=clips, task_pool={"emotion": 1.0}).easy_to_hard("both")
+    assert str(error.value) == "--data.curriculum both: no clip has a description for the tasks emotion"
+
+
+def test_equally_hard_clips_come_by_lot(root):
+    clips = [Clip(f"{i:02}", text="hi", label="sad" if i < 20 else "happy") for i in range(40)]
+    orders = [[index for _, index in dataset(root, True, seed, clips).easy_to_hard("modalities")] for seed in (0, 1)]
+    assert all(5 < sum(index < 20 for index in order[:20]) < 15 for order in orders)  # not those of the list's start
+    assert orders[0] != orders[1]
+    backwards = dataset(root, True, 0, clips[::-1]).easy_to_hard("modalities")
+    assert [39 - index for _, index in backwards] == orders[0]  # wherever they stand in the list
+
+
+def test_what_may_be_replayed(tmp_path):
+    rows = ["a,happy,train,anna,1", "b,sad,valid,bob,1", "c,sad,test,cleo,1", "d,angry,,dan,2", "e,happy,,eve,1",
+            "f,neutral,,bob,1"]  # fmt: skip
+    path = manifest(tmp_path / "old.csv", rows)
+    cfg, said = DataConfig(labels=LABELS, replay=path, manifest="new.csv", fold="2"), []
+    held_out = [Clip("x", speaker="anna")]
+    assert ids(load_replay(cfg, held_out, said.append)) == "ef"
+    assert said == ["replay: 4 of 6 clips left out, which validation or test know"]
+    assert load_replay(replace(cfg, replay=None), held_out, silent) == []
+    everyone = [Clip(name, speaker=name) for name in ("anna", "bob", "dan", "eve")]
+    for changed, held_out, line in (
+        (cfg, everyone, f"--data.replay {path}: none of its 6 clips may be trained on"),
+        (replace(cfg, labels=["happy"]), [], f"{path}:3: unknown label 'sad' (labels: happy)"),
+        (
+            replace(cfg, replay="lists/EMER_NCE.txt"),
+            [],
+            "--data.replay lists/EMER_NCE.txt: that is a published test set",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            load_replay(changed, held_out, silent)
+        assert str(error.value) == line
+
+
+def test_labels_that_training_lacks():
+    clips = {"train": ["happy", "sad", None], "valid": ["sad", "neutral", "neutral"], "test": ["happy"]}
+    clips = {split: [Clip(f"{i}", label=label) for i, label in enumerate(labels)] for split, labels in clips.items()}
+    cfg = DataConfig(labels=LABELS)
+    lines = [
+        "warning: no training clip is labelled neutral, angry, of the labels the question offers",
+        "warning: valid clips have labels that no training clip has: neutral (2)",
+    ]
+    assert label_gaps(cfg, clips) == lines
+    cfg.question, cfg.labels = "six", ["happy", "sad", "neutral"]
+    lines[0] = (
+        "warning: no training clip is labelled neutral, angry, worried, surprise, of the labels the question offers"
+    )
+    assert label_gaps(cfg, clips) == lines
+    assert label_gaps(DataConfig(labels=["happy", "sad"]), {"train": clips["train"], "valid": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"question": "six"}, "--data.question six: does not offer fear, contempt, doubt of --data.labels"),
+        ({"question": "nine", "labels": ["calm"]}, "--data.question nine: does not offer calm of --data.labels"),
+        ({"labels": []}, "--data.labels: none are given"),
+        ({"augmentations": {"noise": 0.5}}, "--data.augmentations: needs --data.enable-augmentation"),
+        ({"augmentation_prob": 1.5}, "--data.augmentation-prob: 1.5 is no probability"),
+        ({"enable_augmentation": True, "augmentations": {"noise": -1.0}},
+         "--data.augmentations noise: -1 is no probability"),
+        ({"curriculum_share": 0.0}, "--data.curriculum-share: 0 is not above 0 and at most 1"),
+        ({"curriculum_epochs": -1}, "--data.curriculum-epochs: -1 is negative"),
+        ({"replay_ratio": 1.0}, "--data.replay-ratio: 1 is not between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(settings, line):
+    check(DataConfig())
+    with pytest.raises(UserError) as error:
+        check(DataConfig(**settings))
+    assert str(error.value) == line
 
 
 def test_evaluation_is_never_augmented(root):

@@ -7,6 +7,7 @@ $ python predict.py --ckpt out/slm --input clip.wav --text "I am so glad that yo
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
 from data.pairs import MODALITIES, assemble, relative, speaker_statistics, standardize_speakers
-from data.prompts import EMOTIONS9, emotion_question, parse_tagged, pick_question
+from data.prompts import parse_tagged, pick_question
 from data.resident import read
 from evals import emotion, speech
 from evals.emotion import DecodeConfig
@@ -40,6 +41,7 @@ class Config:
     input: str = opt("", "a media file, a folder of them, or a CSV/JSONL manifest", "--input")
     text: str | None = opt(None, "what the person says, for a single clip", "--text")
     question: str | None = opt(None, "'[reason] …' asks for text; without one the emotion is scored", "--question")
+    chat: bool = opt(False, "ask one clip questions from the keyboard, each with those before in mind", "--chat")
     llm: str | None = opt(None, "other place of the frozen language model than in training", "--llm")
     out: str | None = opt(None, "also write the answers to this .jsonl file", "--out")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
@@ -73,12 +75,16 @@ class Predictor:
         video: str | Path | None = None,
         features: dict[str, Any] | None = None,
         question: str | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> dict:
-        """Emotion, confidence and probabilities, or with a '[reason] …' question the answer; and the streams used."""
+        """Emotion, confidence and probabilities, or with a '[reason] …' question the answer; and the streams used.
+
+        `turns`: (question, answer) of what was asked about this clip before.
+        """
         if not isinstance(clip, Clip):
             clip = Clip(Path(clip or video or audio or "clip").stem, str(clip) if clip else None)
         clip = replace(clip, text=text if text is not None else clip.text)
-        sample, missing = self.sample(clip, question, audio, video, features or {})
+        sample, missing = self.sample(clip, question, audio, video, features or {}, turns)
         result = self.answer([sample], question, {sample.id: missing})[0]
         if "error" in result:
             raise UserError(result["error"])
@@ -93,7 +99,7 @@ class Predictor:
             try:
                 if not isinstance(item, dict):
                     raise UserError(f"item {number} is a {type(item).__name__}, not a dict")
-                if unknown := sorted(set(item) - {"clip", "text", "audio", "video", "features", "question"}):
+                if unknown := sorted(set(item) - {"clip", "text", "audio", "video", "features", "question", "turns"}):
                     raise UserError(f"item {number}: unknown key {unknown[0]!r}")
                 results.append(self(**item))
             except (MediaError, UserError) as error:
@@ -101,7 +107,13 @@ class Predictor:
         return results
 
     def sample(
-        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+        self,
+        clip: Clip,
+        question: str | None,
+        audio: Any = None,
+        video: Any = None,
+        features: dict | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> tuple[Any, dict[str, str]]:
         """The clip as the model's input, which has an id, and why each absent stream is absent."""
         raise NotImplementedError  # a prompt for a language model, frames for the others
@@ -161,9 +173,22 @@ class LlmPredictor(Predictor):
         self.together = "speaker" if self.data.speaker_norm else None
 
     def sample(
-        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+        self,
+        clip: Clip,
+        question: str | None,
+        audio: Any = None,
+        video: Any = None,
+        features: dict | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> tuple[Sample, dict[str, str]]:
         """The clip as a prompt, and why each absent stream is absent."""
+        clip, values, missing = self.read(clip, audio, video, features or {})
+        return self.ask(clip, values, question, turns), missing
+
+    def read(
+        self, clip: Clip, audio: Any = None, video: Any = None, features: dict[str, Any] | None = None
+    ) -> tuple[Clip, dict[str, torch.Tensor], dict[str, str]]:
+        """The clip, the values of its slots, and why each absent stream is absent."""
         values, missing = {}, {}
         if not (clip.text or "").strip():
             clip, missing["text"] = replace(clip, text=None), "no transcript given"
@@ -189,12 +214,21 @@ class LlmPredictor(Predictor):
                 raise UserError(f"{clip.id}: {name} has non-finite values")
         if not values and clip.text is None:
             raise MediaError(f"{clip.path or clip.id}: nothing to go by ({'; '.join(missing.values())})")
+        return clip, values, missing
+
+    def ask(
+        self, clip: Clip, values: dict[str, torch.Tensor], question: str | None, turns: Sequence[tuple[str, str]] = ()
+    ) -> Sample:
+        """The prompt of a question about a clip that read() has read, after earlier turns."""
+        task, asked = self._asked(question)
+        turns = [("[{}] {}".format(*self._asked(earlier)), said) for earlier, said in turns]
+        slots = list(self.mllm.cfg.rows())
+        return make_sample(clip, values, self.data, self.tokenizer.encode, task, asked, slots, turns=turns)
+
+    def _asked(self, question: str | None) -> tuple[str, str]:
+        """Task and wording of a question; a task alone asks the first question of its pool."""
         task, asked = ("emotion", None) if question is None else parse_tagged(question)
-        if not asked:
-            listed = task == "emotion" and tuple(self.data.labels) != EMOTIONS9
-            asked = emotion_question(self.data.labels) if listed else pick_question(task)
-        sample = make_sample(clip, values, self.data, self.tokenizer.encode, task, asked, list(rows))
-        return sample, missing
+        return task, asked or pick_question(task, None, self.data.labels, self.data.question)
 
     def answer(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
@@ -254,10 +288,16 @@ class FusionPredictor(Predictor):
         self.folder, self.labels = folder, state["labels"]
 
     def sample(
-        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+        self,
+        clip: Clip,
+        question: str | None,
+        audio: Any = None,
+        video: Any = None,
+        features: dict | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> tuple[Any, dict[str, str]]:
         """The clip's frames of each modality, and why each absent one is absent."""
-        if question is not None:
+        if question is not None or turns:
             raise UserError("this checkpoint answers no questions: it scores sentiment")
         values, missing = self._values(clip, self.model.dims, audio, video, features or {})
         if not values:
@@ -326,10 +366,16 @@ class SpeechPredictor(Predictor):
         self.together = "dialogue" if self.context else "speaker" if self.own else None
 
     def sample(
-        self, clip: Clip, question: str | None, audio: Any = None, video: Any = None, features: dict | None = None
+        self,
+        clip: Clip,
+        question: str | None,
+        audio: Any = None,
+        video: Any = None,
+        features: dict | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> tuple[Any, dict[str, str]]:
         """The clip's frames or ids of each stream, and why each absent one is absent."""
-        if question is not None:
+        if question is not None or turns:
             raise UserError("this checkpoint answers no questions: it names an emotion")
         dims = {name: source["dim"] for name, source in self.sources.items()}
         ids = [name for name, source in self.sources.items() if source["kind"] == "ids"]
@@ -477,6 +523,8 @@ def main(cfg: Config) -> None:
     for name in predictor.made:
         predictor.encoder(name)  # if its weights are missing, that is said before the first clip
     print(f"{predictor.folder}: {predictor.coverage}")
+    if cfg.chat:
+        return chat(predictor, clips, cfg)
     bad = 0
     with open(cfg.out, "w", encoding="utf-8") if cfg.out else open("/dev/null", "w") as file:
         for result in predictions(predictor, clips, cfg.question, cfg.batch_size):
@@ -485,6 +533,24 @@ def main(cfg: Config) -> None:
             print(line(result), flush=True)
     if bad:
         print(f"{bad} of {len(clips)} clips could not be read")
+
+
+def chat(predictor: Predictor, clips: list[Clip], cfg: Config) -> None:
+    """Answers questions about one clip, a line each, until there are no more."""
+    if not isinstance(predictor, LlmPredictor):
+        raise UserError("--chat: this checkpoint answers no questions")
+    if len(clips) > 1:
+        raise UserError(f"--chat: is about one clip, not {len(clips)}")
+    if cfg.question is not None or cfg.out:
+        raise UserError(f"--chat: takes no --{'out' if cfg.out else 'question'}")
+    clip, values, missing = predictor.read(clips[0])
+    turns: list[tuple[str, str]] = []
+    print("a question a line, [emotion] for the label; Ctrl-D ends", flush=True)
+    for question in filter(None, map(str.strip, sys.stdin)):
+        sample = predictor.ask(clip, values, question, turns)
+        result = predictor.answer([sample], question, {sample.id: missing})[0]
+        print(line(result), flush=True)
+        turns.append((question, result.get("answer", result["emotion"])))
 
 
 def line(result: dict) -> str:

@@ -1,5 +1,7 @@
 """predict.py: the answers of eval.py from the raw clips, and a bad file among good ones."""
 
+import io
+import itertools
 import json
 import shutil
 import sys
@@ -14,6 +16,7 @@ import predict
 import train_llm
 from common import config
 from common.config import UserError
+from data import prompts
 from data.features import FeatureStore
 from data.manifest import Clip, read_manifest, write_manifest
 from data.merr import load_merr
@@ -102,6 +105,63 @@ def test_a_question_of_ones_own(predictor, clips):
     assert predictor.sample(Clip("a", clips[0].path), "[emotion]")[0].prompt == (
         predictor.sample(Clip("a", clips[0].path), None)[0].prompt
     )
+
+
+def test_a_second_question_after_the_first(predictor, clips):
+    """Llama 2's chat, laid out here with SentencePiece: <s>[INST] q1 [/INST] a1 </s><s>[INST] q2 [/INST]."""
+    clip, encode = Clip("a", clips[0].path, text="hello"), predictor.tokenizer.pieces.encode
+    bos, eos = predictor.tokenizer.pieces.bos_id(), predictor.tokenizer.pieces.eos_id()
+    turns = [("[reason] Why?", "he smiles")]
+    sample = predictor.sample(clip, "[emotion] Which?", turns=turns)[0]
+    laid_out = [
+        bos, *encode("[INST] <video>"), "image", *encode("</video> <feature>"), "voice", "cls",
+        *encode("</feature> The person in video says: hello.  [reason] Why?  [/INST]"), *encode("he smiles "), eos,
+        bos, *encode("[INST] [emotion] Which? [/INST]"),
+    ]  # fmt: skip
+    flat = itertools.chain.from_iterable([piece] if isinstance(piece, str) else piece for piece in sample.pieces)
+    assert list(flat) == laid_out
+    assert {name: value.shape for name, value in sample.values.items()} == predictor.mllm.cfg.rows()
+    whole = predictor.sample(clip, "[emotion]", turns=[*turns, ("[emotion]", "happy")])[0].prompt
+    asked = prompts.emotion_question(EMOTIONS6)
+    assert whole.endswith(
+        f"he smiles </s><s>[INST] [emotion] {asked} [/INST]happy </s><s>[INST] [emotion] {asked} [/INST]"
+    )
+
+
+def test_what_was_said_before_changes_the_answer(predictor, clips):
+    alone = predictor(clips[0].path, text=clips[0].text)
+    turns = [("[reason] Why?", "the voice is low and slow")]
+    after = predictor(clips[0].path, text=clips[0].text, turns=turns)
+    assert after["probabilities"] != pytest.approx(alone["probabilities"], abs=1e-4)
+    assert list(after) == KEYS
+    [batched] = predictor.batch([{"clip": clips[0].path, "text": clips[0].text, "turns": turns}])
+    assert batched["probabilities"] == pytest.approx(after["probabilities"], abs=1e-6)
+
+
+def chat(monkeypatch, questions, *argv):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{question}\n" for question in questions)))
+    run("--chat", *argv)
+
+
+def test_a_conversation_from_the_keyboard(trained, predictor, clips, monkeypatch, capsys):
+    argv = ["--ckpt", trained.run, "--input", clips[0].path, "--text", clips[0].text, "--max-new-tokens", 5]
+    chat(monkeypatch, ["[reason] Why?", "", "[emotion]"], *argv)
+    *_, why, which = capsys.readouterr().out.splitlines()
+    predictor.decode.max_new_tokens = 5
+    clip = Clip(clips[0].id, clips[0].path, clips[0].text)
+    first = predictor(clip, question="[reason] Why?")
+    assert why == predict.line(first)
+    second = predictor(clip, question="[emotion]", turns=[("[reason] Why?", first["answer"])])
+    assert which == predict.line(second)
+    assert which != predict.line(predictor(clip, question="[emotion]"))
+    for more, line in (
+        (["--input", trained.data / "video"], "--chat: is about one clip, not 34"),
+        (["--question", "Why?"], "--chat: takes no --question"),
+        (["--out", "answers.jsonl"], "--chat: takes no --out"),
+    ):
+        with pytest.raises(UserError) as error:
+            chat(monkeypatch, [], *argv, *more)
+        assert str(error.value) == line
 
 
 def test_a_folder_with_one_broken_file(trained, predictor, clips, tmp_path, capsys):

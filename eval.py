@@ -22,7 +22,7 @@ from data.clips import ClipData, DataConfig, Features, load_test
 from data.dfew import FOLDS, load_dfew
 from data.features import replace_file
 from data.mosei import open_corpus
-from data.prompts import EMOTIONS9, LAYOUTS
+from data.prompts import ASKED, EMOTIONS9, LAYOUTS
 from data.utterances import load_splits
 from evals import emer, emotion, judge, openset, retrieval, sentiment, speech, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
@@ -74,6 +74,7 @@ class Config:
     test_file: str | None = opt(None, "another list of clips", "--test-file")
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
     prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
+    question: str | None = opt(None, "another emotion question than in training", choices=ASKED)
 
 
 def main(cfg: Config) -> None:
@@ -170,7 +171,7 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
 
 def choose(cfg: Config, trained: DataConfig) -> tuple[str, DataConfig]:
     """The benchmark's name, and where its clips come from: the command, else the benchmark, else the training run."""
-    names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout")
+    names = ("data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "question")
     data_cfg = replace(trained, **{name: getattr(cfg, name) for name in names if getattr(cfg, name)})
     if cfg.test_file and not cfg.manifest:
         data_cfg.manifest = None  # this list, not the training run's manifest
@@ -368,25 +369,14 @@ def moved(cfg: Config) -> dict[str, Any]:
 # options that say what to evaluate on, by kind of checkpoint
 READ = {
     "llm": (
-        "llm",
-        "data_root",
-        "features_root",
-        "manifest",
-        "fold",
-        "test_file",
-        "streams",
-        "prompt_layout",
-        "limit",
-        "truth",
-        "synonyms",
-        "text_metrics",
-        "feature_folders",
+        "llm", "data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "question",
+        "limit", "truth", "synonyms", "text_metrics", "feature_folders",
     ),
     "mosei": ("data_root", "manifest", "streams"),
     "clap": ("data_root", "manifest", "fold"),
     "slm": ("data_root", "manifest", "fold"),
     "meld": ("data_root", "features_root"),
-}
+}  # fmt: skip
 OTHERS: dict[str | None, Callable] = {"mosei": score_fusion, "clap": score_clap, "slm": score_slm, "meld": score_meld}
 
 

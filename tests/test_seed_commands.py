@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ import train_clap
 import train_llm
 import train_mosei
 import train_slm
-from common import config
+from common import config, optim
 from common.options import options
 from data import mock_speech
+from data.features import StoreWriter
 from evals import speech
+from model.lora import LoRALinear
 from tests.training import error, make_lines, run
 from tools import export
 
@@ -133,18 +136,22 @@ FLAGS = {
         model.max_txt_len, model.quant --quant, model.max_len, model.grad_checkpoint --grad-checkpoint,
         data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,
-        data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.prompt_layout,
-        data.chat_template, data.frame, data.streams, data.enable_augmentation, data.augmentation_prob,
-        data.shuffle_labels, data.max_bad, data.speaker_norm --speaker-norm,
+        data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.question,
+        data.prompt_layout, data.chat_template, data.frame, data.streams, data.curriculum, data.curriculum_epochs,
+        data.curriculum_share, data.replay, data.replay_ratio, data.replay_tasks, data.enable_augmentation,
+        data.augmentation_prob, data.augmentations, data.shuffle_labels, data.max_bad,
+        data.speaker_norm --speaker-norm,
         optim.lr --lr, optim.min_lr --min-lr, optim.warmup_lr --warmup-lr, optim.warmup_steps --warmup-steps,
-        optim.schedule --schedule, optim.weight_decay --weight-decay, optim.beta2, optim.grad_clip --grad-clip,
+        optim.schedule --schedule, optim.lr_stages, optim.weight_decay --weight-decay, optim.beta2,
+        optim.grad_clip --grad-clip,
         decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams,
         decode.temperature --temperature, decode.top_p --top-p, decode.repetition_penalty,
         ckpt --ckpt, out --out, epochs --epochs, iters_per_epoch --iters-per-epoch, batch_size --batch-size,
         accum --accum, precision --precision, device --device, seed --seed, num_workers --num-workers,
         log_every --log-every, evaluate --evaluate, eval_every --eval-every, eval_batch_size --eval-batch-size,
         eval_limit, save_every --save-every, save_steps --save-steps, save_best --save-best, metric --metric,
-        keep --keep, test --test, resume --resume, overwrite --overwrite, fast --fast, dry_run --dry-run""",
+        patience --patience, keep --keep, keep_best --keep-best, test --test, resume --resume, overwrite --overwrite,
+        fast --fast, dry_run --dry-run""",
     "train_mosei": """
         model.model --model, model.head --head, model.fusion_dim --fusion-dim, model.layers --layers,
         model.dropout --dropout, model.modality_dropout --modality-dropout, model.latents, model.rank, model.unimodal,
@@ -205,10 +212,11 @@ FLAGS = {
         synonyms --synonyms, text_metrics --text-metrics, out --out, limit --limit, batch_size --batch-size,
         device --device, seed --seed, llm --llm, data_root --data-root, features_root,
         feature_folders --feature-folders, manifest --manifest, fold --fold, test_file --test-file,
-        streams --streams, prompt_layout""",
+        streams --streams, prompt_layout, question""",
     "predict": """
-        ckpt --ckpt, input --input, text --text, question --question, llm --llm, out --out, device --device,
-        batch_size --batch-size, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
+        ckpt --ckpt, input --input, text --text, question --question, chat --chat, llm --llm, out --out,
+        device --device, batch_size --batch-size, decode.decode --decode, decode.extract,
+        decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
         decode.repetition_penalty""",
     "extract": """
@@ -419,6 +427,73 @@ def test_stage_1_then_stage_2(merr, tmp_path, signals, capsys):
         best = json.loads((out / "results.json").read_text())["best"]
         assert (best["metric"], best["value"]) == (metric, max(scores))
     assert yaml.safe_load((two / "config.yaml").read_text())["data"]["task_pool"] == {"reason_v2": 1.0}
+
+
+GUIDE = """
+model:
+  arch: minigpt_v2
+  image_size: 224
+  lora_r: 4
+  lora_alpha: 8
+  dropout: 0.1
+datasets:
+  feature_face_caption:
+    batch_size: 2
+    annotation_file: MERR_coarse_grained.txt
+    task_pool: {reason: 0.3, reason_v2: 0.7}
+    enable_augmentation: true
+    augmentation_prob: 0.5
+run:
+  weight_decay: 0.05
+  max_epoch: 4
+  iters_per_epoch: 2
+  evaluate: true
+  eval_epoch_interval: 2
+  save_best: true
+  metric: "clue_overlap"
+  resume_ckpt_path: null
+"""
+
+
+def test_the_keys_of_the_guides_do_what_they_say(merr, tmp_path, as_file, signals, capsys):
+    """Every key that the guides show beside the two recipes, in one YAML as they write it, and the run it makes."""
+    root = tmp_path / "data"
+    shutil.copytree(merr.root, root)
+    shutil.rmtree(root / "patches")
+    store = StoreWriter(root / "patches", {"encoder": "drawn", "image_size": 224, "pooling": "patches", "dim": 3})
+    for id in merr.ids:
+        store.add(id, torch.randn(1 + 16 * 16, 3))
+    store.finish()
+    toy = ["--data-root", root, "--llm", root / "base", "--model.features", "voice=5", "--model.visual", "patches",
+           "--visual-width", 3, "--labels", ",".join(merr.labels), "--valid-share", 0.25, "--device", "cpu",
+           "--num-workers", 0, "--warmup-steps", 0, "--log-every", 1, "--max-new-tokens", 4]  # fmt: skip
+    built, build = [], train_llm.build
+    with mock.patch.object(train_llm, "build", lambda *args: built.append(build(*args)) or built[-1]):
+        train_llm.main(load("--cfg-path", as_file(GUIDE), *toy, "--out", tmp_path / "run"))
+    said = capsys.readouterr().out
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert "augmentation: question 0.5, frame 0.5, noise 0.5, dropout 0.5, streams 0.5\n" in said
+    [(model, _)] = built
+    assert model.cfg.places("image") == 64  # of 224 / 14 = 16 patches a side, four joined
+    drops = {part.dropout.p for part in model.llm.modules() if isinstance(part, LoRALinear)}
+    assert drops == {0.1}
+    scored = {record["step"]: record["valid/clue_overlap"] for record in log if "valid/clue_overlap" in record}
+    assert list(scored) == [4, 8]  # every second epoch of two steps
+    best = max(scored, key=lambda step: (scored[step], -step)) // 2
+    assert (tmp_path / "run/checkpoints/best").resolve().name == f"epoch_{best:03d}"
+
+    going_on = GUIDE.replace("null", f'"{tmp_path}/run/checkpoints/epoch_002"')
+    train_llm.main(load("--cfg-path", as_file(going_on), *toy, "--epochs", 3, "--out", tmp_path / "again"))
+    assert f"resumed from {tmp_path}/run/checkpoints/epoch_002: " in capsys.readouterr().out
+
+
+def test_the_guides_sub_stages_are_stage_2_with_two_rates():
+    """Sub-stage 2.1: 1e-5 in epochs 0 to 15; 2.2: 5e-6 in epochs 15 to 30."""
+    cfg, stages = load("--cfg", ROOT / "configs/stage2_substages.yaml"), {"0": 1e-5, "15": 5e-6}
+    assert values(cfg) == values(load("--cfg", ROOT / "configs/stage2.yaml")) | {"optim.lr_stages": stages}
+    assert load("--optim.lr-stages", "0=1e-5,15=5e-6").optim.lr_stages == stages
+    rates = [optim.lr_at(epoch * 1000, 30_000, cfg.optim, 1000) for epoch in range(30)]
+    assert rates[1:] == [1e-5] * 14 + [5e-6] * 15  # epoch 0 warms up
 
 
 # ---- the speech pipeline's guide

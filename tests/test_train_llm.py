@@ -725,6 +725,21 @@ def test_a_curriculum_with_replay_is_logged_and_resumes_in_its_middle(merr, tmp_
         ]
 
 
+def test_coordinates_dropped_before_standardising_become_the_mean(merr, tmp_path, monkeypatch):
+    seen, whole = [], train_llm.windows
+    monkeypatch.setattr(train_llm, "windows", lambda parts, *args: seen.extend(parts) or whole(parts, *args))
+    argv = [*merr.argv, *CURRICULUM, "--normalize", "--save-steps", 4]
+    assert train([*argv, "--out", tmp_path / "run"]) == 0
+    start = tmp_path / "run/checkpoints/step_000008"
+    assert train([*argv, "--resume", start, "--out", tmp_path / "again"]) == 0
+    voices = [np.load(file) for id in merr.ids[:24] if (file := merr.root / "voice" / f"{id}.npy").exists()]
+    assert len(seen) == 4  # own and replayed clips, twice
+    for part in seen:
+        assert part.blank.keys() == {"image", "cls", "voice"}
+        np.testing.assert_allclose(part.blank["voice"], np.mean(voices, 0, np.float64), atol=1e-6)
+    assert model_bytes(tmp_path / "again") == model_bytes(tmp_path / "run")
+
+
 def first_ids(argv):
     """The clips of the first two optimiser steps of this rank."""
     ids, pack = [], train_llm.pack

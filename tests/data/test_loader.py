@@ -77,6 +77,11 @@ def test_a_curriculum_begins_with_the_easy_clips_and_reaches_all():
     assert easy[0] != easy[1]  # shuffled anew
 
 
+def test_a_curriculum_ends_at_the_same_sample_with_replay():
+    own = [place for place in map(ORDERS["both"], range(1000)) if place[1] < 19]
+    assert own == [Order(19, 5, RANKED, 0.25, 180)(n) for n in range(900)]  # 20 of its 200 samples are replayed
+
+
 def test_no_curriculum_is_the_ordinary_order():
     plain = [Order(19, 5)(n) for n in range(100)]
     assert [Order(19, 5, RANKED, 0.25, 0)(n) for n in range(100)] == plain

@@ -135,7 +135,7 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
          "--feature-folders HL-UTT: the model reads image, cls, voice"),
         (["--answers", "a.csv"], "--answers needs --bench emer or mer-ov, and no --ckpt"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
-         "--prompt-layout: 'trian' is not one of train, original_eval, question_first"),
+         "--prompt-layout: 'trian' is not one of train, original_eval, question_first, clean"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],
          f"annotation_file 'x.txt' not found (looked for {trained.data}/x.txt and x.txt)"),
     ):  # fmt: skip

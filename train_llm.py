@@ -33,7 +33,7 @@ from data.manifest import Clip
 from data.merr import load_merr
 from data.mock import make_mock
 from data.prompts import emotion_question, segments
-from evals import emotion, sizes
+from evals import emotion, sizes, texts
 from evals.emotion import DecodeConfig
 from model.encoders import load as load_encoder
 from model.mllm import Mllm, MllmConfig, build, checkpoint_files, load_visual, pack
@@ -41,7 +41,7 @@ from model.published import load_published
 from model.tokenizer import Tokenizer
 from model.toy import make_toy_llm
 
-LOGGED = ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "clue_overlap", "invalid")
+LOGGED = ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "clue_overlap", "label_overlap", "invalid")
 FAST_CLIPS = (600, 120)  # train and test
 # --fast: everything is made on the spot (data/mock.py, model/toy.py), nothing is downloaded
 FAST = {
@@ -450,10 +450,10 @@ def validate(
     scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
     numbers = {f"valid/{key}": scores[key] for key in (*LOGGED, cfg.metric) if key in scores}
     numbers["valid/majority_weighted_f1"] = scores["majority"]["weighted_f1"]
-    distinct, targets = len({record["answer"] for record in records}), sum(bool(r["target"]) for r in records)
-    log(progress.step, **numbers, **{"valid/distinct_answers": distinct})
+    told = texts.figures(records, {clip.id: clip.text for clip in valid.clips})
+    log(progress.step, **numbers, **{"valid/distinct_answers": told["distinct"]})
     log.figure("valid/confusion", confusion_image(scores["confusion"], labels), progress.step)
-    log.say(f"  {task}: {distinct} distinct answers to {len(records)} clips, {targets} of which have a target")
+    log.say(f"  {task}: {texts.line(told)}")
     for record in records[:3]:
         line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
         log.say(f"  sample {line}")

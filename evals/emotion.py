@@ -12,6 +12,7 @@ from common import dist, metrics
 from common.config import UserError, opt
 from data.clips import ClipData, Sample
 from data.prompts import DFEW7, EMOTIONS6, extract_label
+from evals.openset import built_in
 from model.generate import generate, score_labels
 from model.mllm import Mllm, pack
 from model.tokenizer import Tokenizer
@@ -45,10 +46,10 @@ BENCHMARKS = {
 }  # fmt: skip
 METRICS = (  # what evaluate() and loss() give and a checkpoint can be chosen by
     "weighted_f1", "accuracy", "war", "uar", "macro_f1", "precision_weighted", "recall_weighted", "invalid",
-    "clue_overlap", "loss",
+    "clue_overlap", "label_overlap", "loss",
 )  # fmt: skip
 LOWER = ("loss", "invalid")  # of these the lower is the better
-OF_DESCRIPTIONS = ("clue_overlap",)  # of these the answers are descriptions
+OF_DESCRIPTIONS = ("clue_overlap", "label_overlap")  # of these the answers are descriptions
 
 
 @dataclass
@@ -135,9 +136,10 @@ def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -
     scores = metrics.classification(truth, predicted, labels)
     scores["invalid"] = sum(record["prediction"] is None for record in records) / len(records)
     scores["clips"] = len(records)
-    told = [metrics.clue_overlap(r["target"], r["answer"]) for r in records if r["task"] != "emotion" and r["target"]]
-    if told:
-        scores["clue_overlap"] = sum(told) / len(told)
+    told = [(r["target"], r["answer"]) for r in records if r["task"] != "emotion" and r["target"]]
+    if told:  # as the lexical judge of evals/judge.py counts them, 0 to 10
+        scores["clue_overlap"] = sum(metrics.clue_overlap(*pair) for pair in told) / len(told)
+        scores["label_overlap"] = sum(built_in().shared(*pair)[0] for pair in told) / len(told)
     return scores | {"majority": metrics.majority(truth, labels)}
 
 

@@ -227,10 +227,9 @@ class Lexical:
         found = []
         for pair in pairs:
             truth, answer = self.synonyms.named(pair.truth), self.synonyms.named(pair.answer)
-            g, p = set(truth), set(answer)
-            f1 = 2 * len(g & p) / (len(g) + len(p)) if g and p else 0.0
+            overlap, words = self.synonyms.shared(pair.truth, pair.answer)
             clue = Mark(from_ten(metrics.clue_overlap(pair.truth, pair.answer)), "content words shared")
-            label = Mark(from_ten(10 * f1), f"emotion words shared: {', '.join(sorted(g & p)) or 'none'}")
+            label = Mark(from_ten(overlap), f"emotion words shared: {', '.join(words) or 'none'}")
             found.append(Verdict(clue, label, truth, answer))
         return found
 

@@ -909,7 +909,7 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
         (["--evaluate", "--metric", "clue_overlap", "--task-pool", "emotion"],
          "--metric clue_overlap: --data.task-pool has no task with descriptions"),
         (["--metric", "bleu"], "--metric: 'bleu' is not one of weighted_f1, accuracy, war, uar, macro_f1, "
-         "precision_weighted, recall_weighted, invalid, clue_overlap, loss"),
+         "precision_weighted, recall_weighted, invalid, clue_overlap, label_overlap, loss"),
         (["--data.curriculum", "hard"], "--data.curriculum: 'hard' is not one of none, modalities, length, both"),
         (["--data.curriculum", "length", "--task-pool", "emotion"],
          "--data.curriculum length: no clip has a description for the tasks emotion"),

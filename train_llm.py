@@ -129,6 +129,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         lambda: stages(cfg.optim),
     )
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
+    if mllm.llm.coverage:
+        say(f"{cfg.model.llm}: {mllm.llm.coverage}")
     parts, valid = make_datasets(cfg, splits, tested, features, tokenizer, say)
     per_step = cfg.batch_size * here.world * cfg.accum
     order, iters = plan(cfg, parts, per_step, say)

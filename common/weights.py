@@ -159,13 +159,15 @@ def load_strict(
     device: torch.device | str = "cpu",
     ignore: tuple[str, ...] = (),
     then: Callable[[str], None] | None = None,
-) -> None:
+) -> str:
     """Give `module` (may be on meta) a folder's tensors, one at a time, straight to dtype and device.
 
     Names ending in one of `ignore` are left out on both sides; a missing, unexpected or misshapen one is a UserError.
-    `then` is called with the name of each tensor that has found its place.
+    `then` is called with the name of each tensor that has found its place. Returns the coverage ("291/291 tensors, 32
+    not used").
     """
-    files = {name: file for name, file in tensor_files(folder).items() if not name.endswith(ignore)}
+    given = tensor_files(folder)
+    files = {name: file for name, file in given.items() if not name.endswith(ignore)}
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
     check_names(folder, wanted, files)
     shards = {file: _open(file) for file in sorted(set(files.values()))}
@@ -178,6 +180,8 @@ def load_strict(
             _assign(module, name, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
             if then is not None:
                 then(name)
+    unused = f", {len(given) - len(files)} not used" if len(given) > len(files) else ""
+    return f"{len(files)}/{len(wanted)} tensors{unused}"
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

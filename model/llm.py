@@ -198,6 +198,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.coverage = ""  # of the files it was loaded from
         self.grad_checkpoint = False  # recompute each layer in the backward pass
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -231,7 +232,8 @@ class Llama(nn.Module):
             if quant is not None and name.endswith("_proj.weight"):
                 quantize(llm, name.removesuffix(".weight"), quant)
 
-        load_strict(llm, folder, dtype, device, ignore=("rotary_emb.inv_freq", *tied), then=shrink)
+        ignore = ("rotary_emb.inv_freq", *tied)
+        llm.coverage = load_strict(llm, folder, dtype, device, ignore, then=shrink)
         llm._tie()
         return llm.eval()
 

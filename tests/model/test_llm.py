@@ -182,6 +182,7 @@ def test_dtype_and_stray_buffers_on_load(tmp_path):
     extra = {"lm_head.weight": torch.zeros(97, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(state | extra, file)
     loaded = Llama.from_pretrained(tmp_path, torch.bfloat16)
+    assert loaded.coverage == f"{len(state)}/{len(state)} tensors, 2 not used"
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, llm.lm_head.weight.bfloat16())
@@ -200,6 +201,31 @@ def test_load_reports_missing_weights(tmp_path):
     del state["model.norm.weight"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"29/30 tensors match the model; 1 missing: model.norm.weight"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_load_refuses_a_shard_that_is_missing_and_another_models_layers(tmp_path):
+    llm = small()
+    llm.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert Llama.from_pretrained(tmp_path).coverage == f"{len(state)}/{len(state)} tensors"
+    (tmp_path / "model.safetensors").unlink()
+    half = len(state) // 2
+    shards = {"a.safetensors": list(state)[:half], "b.safetensors": list(state)[half:]}
+    for file, names in shards.items():
+        save_file({name: state[name] for name in names}, tmp_path / file)
+    index = {name: file for file, names in shards.items() for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert Llama.from_pretrained(tmp_path).coverage == f"{len(state)}/{len(state)} tensors"
+    changed = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 4}
+    whole = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"tensors match the model; \d+ missing: model.layers.3") as error:
+        Llama.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text(whole)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b.safetensors: missing, but model.safetensors.index.json names it"):
         Llama.from_pretrained(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 $ python eval.py --ckpt out/llm_fast/checkpoints/best
 $ python eval.py --ckpt out/ravdess --decode generate --fold 2
+$ python eval.py --ckpt out/stage2/checkpoints/epoch_025 out/stage2/checkpoints/epoch_030 --combine weights
 $ python eval.py --ckpt out/mosei --data-root datasets/mosei
 $ python eval.py --ckpt out/slm
 $ python eval.py --ckpt out/stage2 --bench emer --judge api --judge-url https://host/v1 --judge-model NAME
@@ -29,13 +30,20 @@ from evals.emotion import BENCHMARKS, DecodeConfig
 from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
 from model import clap, fusion, meld, slm
+from model.combine import WAYS
 from model.mllm import load_visual
-from predict import LlmPredictor, load
+from model.published import PublishedConfig
+from predict import LlmPredictor, is_published, load, resolve, run_of
 
 
 @dataclass
 class Config:
-    ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
+    ckpt: list[str] = opt(
+        [], "a run folder (its best, else its last checkpoint), one checkpoint or a published .pth", "--ckpt"
+    )
+    combine: str | None = opt(
+        None, "several --ckpt as one: the mean of their weights, or of their predictions", "--combine", choices=WAYS
+    )
     bench: str | None = opt(
         None, "; ".join(f"{name}: {bench.about}" for name, bench in BENCHMARKS.items()) + "; the others belong to one "
         "kind of checkpoint; default: by checkpoint and data",
@@ -75,6 +83,7 @@ class Config:
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
     prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
     question: str | None = opt(None, "another emotion question than in training", choices=ASKED)
+    model: PublishedConfig = field(default_factory=PublishedConfig)  # read for a published .pth only
 
 
 def main(cfg: Config) -> None:
@@ -84,8 +93,8 @@ def main(cfg: Config) -> None:
         return score_answers(cfg, here, say) if here.main else None
     if not cfg.ckpt:
         raise UserError("--ckpt is needed (a run folder or a checkpoint)")
-    folder = checkpoint.resolve(cfg.ckpt, prefer="best")
-    state = checkpoint.read_state(folder)
+    folder = resolve(cfg.ckpt, cfg.combine)[0]
+    state: dict[str, Any] = {} if is_published(folder) else checkpoint.read_state(folder)
     system = state.get("system") or "llm"
     if system == "llm" and cfg.bench in OTHERS:
         raise UserError(
@@ -106,7 +115,7 @@ def main(cfg: Config) -> None:
 
 def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     """A language model on one of the benchmarks of evals/emotion.py; the ranks share the clips."""
-    predictor = load(cfg.ckpt, str(here.device), llm=cfg.llm)
+    predictor = load(cfg.ckpt, str(here.device), cfg.decode, cfg.llm, cfg.combine, cfg.model)
     assert isinstance(predictor, LlmPredictor)
     say(f"{predictor.folder}: {predictor.coverage}")
     name, data_cfg = choose(cfg, predictor.data)
@@ -134,9 +143,10 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     dist.connect(here)
 
     # ---- answers and their scores
-    settings = {"bench": name, "labels": labels, "checkpoint": str(cfg.ckpt), **config.to_dict(decode)}
+    settings = {"bench": name, "labels": labels, "checkpoint": " ".join(cfg.ckpt), **config.to_dict(decode)}
+    settings |= {"combine": cfg.combine} if cfg.combine else {}
     settings["speaker_norm"] = data_cfg.speaker_norm
-    out = place(cfg, predictor.folder, name)
+    out = place(cfg, predictor.folder, name, predictor.name)
     model = predictor.mllm, predictor.tokenizer
     if free is not None:
         [data] = sets.values()
@@ -158,14 +168,15 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
         if cfg.text_metrics:
             scores["texts"]["metrics"] = texts.compare(records, cfg.text_metrics)
         write(out, settings | scores, records)
-        title = f"{name}, {decode.decode}: {predictor.folder.name}"
+        title = f"{name}, {decode.decode}: {predictor.name}"
         confusion_png(scores["confusion"], labels, out / "confusion.png", title)
         say(metrics.table(scores, scores["majority"]))
         if "folds" in scores:
             say(emotion.fold_table(scores))
         if "texts" in scores:
             say(texts.line(scores["texts"]))
-        say(f"{decode.decode}: {metrics.line(scores)}; written to {out}")
+        way = f", {cfg.combine} of {len(cfg.ckpt)} checkpoints" if cfg.combine else ""
+        say(f"{decode.decode}{way}: {metrics.line(scores)}; written to {out}")
     dist.cleanup()
 
 
@@ -280,10 +291,9 @@ def write(out: Path, report: dict, records: list[dict]) -> None:
     replace_file(out / "predictions.jsonl", "".join(lines).encode())
 
 
-def place(cfg: Config, folder: Path, bench: str) -> Path:
-    """Where the results of a checkpoint go."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    return Path(cfg.out) if cfg.out else run / "eval" / bench / folder.name
+def place(cfg: Config, folder: Path, bench: str, name: str | None = None) -> Path:
+    """Where the results of a checkpoint go, or of several under a name of their own."""
+    return Path(cfg.out) if cfg.out else run_of(folder) / "eval" / bench / (name or folder.name)
 
 
 def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:

@@ -25,11 +25,14 @@ from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
 from data.pairs import MODALITIES, assemble, relative, speaker_statistics, standardize_speakers
-from data.prompts import parse_tagged, pick_question
+from data.prompts import LAYOUTS, parse_tagged, pick_question
 from data.resident import read
 from evals import emotion, speech
 from evals.emotion import DecodeConfig
-from model import encoders, fusion, meld, mllm, slm
+from model import combine as ensemble
+from model import encoders, fusion, meld, mllm, published, slm
+from model.combine import WAYS
+from model.published import PublishedConfig
 
 MEDIA = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".flac", ".mp3", ".ogg", ".m4a", ".jpg", ".jpeg", ".png"}
 ALONE = "no other clip of its speaker is known, by which the sound would be standardised"
@@ -37,7 +40,12 @@ ALONE = "no other clip of its speaker is known, by which the sound would be stan
 
 @dataclass
 class Config:
-    ckpt: str = opt("", "a run folder (its best, else its last checkpoint) or one checkpoint", "--ckpt")
+    ckpt: list[str] = opt(
+        [], "a run folder (its best, else its last checkpoint), one checkpoint or a published .pth", "--ckpt"
+    )
+    combine: str | None = opt(
+        None, "several --ckpt as one: the mean of their weights, or of their predictions", "--combine", choices=WAYS
+    )
     input: str = opt("", "a media file, a folder of them, or a CSV/JSONL manifest", "--input")
     text: str | None = opt(None, "what the person says, for a single clip", "--text")
     question: str | None = opt(None, "'[reason] …' asks for text; without one the emotion is scored", "--question")
@@ -46,7 +54,9 @@ class Config:
     out: str | None = opt(None, "also write the answers to this .jsonl file", "--out")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     batch_size: int = opt(8, "clips decoded together", "--batch-size")
+    prompt_layout: str | None = opt(None, "another prompt layout than in training", choices=LAYOUTS)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    model: PublishedConfig = field(default_factory=PublishedConfig)  # read for a published .pth only
 
 
 class Predictor:
@@ -159,15 +169,35 @@ class LlmPredictor(Predictor):
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, decode: DecodeConfig | None = None, llm: str | None = None
+        self,
+        folders: list[Path],
+        device: torch.device,
+        decode: DecodeConfig | None = None,
+        llm: str | None = None,
+        combine: str | None = None,
+        shape: PublishedConfig | None = None,
     ) -> None:
-        state = checkpoint.read_state(folder)
-        super().__init__(state["features"])
-        state["config"]["model"] |= {"llm": llm} if llm else {}
+        """Of one checkpoint, of several by a way to `combine` them, or of a published .pth of this shape."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.mllm, self.tokenizer, self.coverage = mllm.load(folder, state, device, dtype)
-        self.folder = folder
-        self.data = from_dict(DataConfig, state["config"]["data"])
+        self.folder = folders[0]
+        if is_published(self.folder):
+            shape = shape or PublishedConfig()
+            super().__init__(shape.made())
+            self.data = DataConfig()
+            loaded = published.load(self.folder, shape, llm, device, dtype)
+        else:
+            states = [checkpoint.read_state(folder) for folder in folders]
+            super().__init__(states[0]["features"])
+            states[0]["config"]["model"] |= {"llm": llm} if llm else {}
+            self.data = from_dict(DataConfig, states[0]["config"]["data"])
+            if combine:
+                loaded = ensemble.load(folders, states, combine, device, dtype)
+            else:
+                loaded = mllm.load(self.folder, states[0], device, dtype)
+        self.mllm, self.tokenizer, self.coverage = loaded
+        self.name = "+".join(names(folders)) + (f"-{combine}" if combine else "")
+        if combine:
+            self.coverage = f"{combine} of {', '.join(map(str, folders))} combined, {self.coverage}"
         self.decode = decode or DecodeConfig()
         self.visual = self.mllm.cfg.visual
         self.together = "speaker" if self.data.speaker_norm else None
@@ -457,19 +487,65 @@ PREDICTORS = {"mosei": FusionPredictor, "slm": SpeechPredictor, "meld": SpeechPr
 
 
 def load(
-    ckpt: str | Path, device: str = "cpu", decode: DecodeConfig | None = None, llm: str | None = None
+    ckpt: str | Path | Sequence[str | Path],
+    device: str = "cpu",
+    decode: DecodeConfig | None = None,
+    llm: str | None = None,
+    combine: str | None = None,
+    shape: PublishedConfig | None = None,
 ) -> Predictor:
-    """A Predictor from a run folder (its best, else its last checkpoint) or from one checkpoint.
+    """A Predictor from a run folder (its best, else its last checkpoint) or one checkpoint, or from several combined.
 
-    `llm`: where the frozen language model lies, if it has moved since training.
+    `llm`: where the frozen language model lies, if it has moved since training. `combine`: weights or predictions.
+    `shape`: of the model that a published .pth belongs to.
     """
-    folder, place = checkpoint.resolve(ckpt, prefer="best"), dist.ranks(device).device
-    system = checkpoint.read_state(folder).get("system")
+    folders, place = resolve([ckpt] if isinstance(ckpt, str | Path) else ckpt, combine), dist.ranks(device).device
+    system = None if is_published(folders[0]) else checkpoint.read_state(folders[0]).get("system")
+    if shape not in (None, PublishedConfig()) and not is_published(folders[0]):
+        raise UserError(f"{folders[0]}: a checkpoint of a run knows its shape; the options model.* are of a .pth")
     if system == "clap":
-        raise UserError(f"{folder}: projectors predict no emotion; train_slm.py --clap-ckpt makes a classifier of them")
+        better = "train_slm.py --clap-ckpt makes a classifier of them"
+        raise UserError(f"{folders[0]}: projectors predict no emotion; {better}")
     if system in PREDICTORS:
-        return PREDICTORS[system](folder, place)
-    return LlmPredictor(folder, place, decode, llm)
+        return PREDICTORS[system](folders[0], place)
+    if combine == "predictions" and decode and decode.num_beams > 1:
+        raise UserError(f"--num-beams {decode.num_beams}: --combine predictions has no beams")
+    return LlmPredictor(folders, place, decode, llm, combine, shape)
+
+
+def is_published(path: Path) -> bool:
+    """Whether this is a file as Emotion-LLaMA publishes its weights, and not a checkpoint of a run."""
+    return path.suffix == ".pth"
+
+
+def resolve(given: Sequence[str | Path], combine: str | None) -> list[Path]:
+    """The checkpoints to evaluate; UserError where they are not one, or several language models' to combine."""
+    if not combine and len(given) > 1:
+        ways = " or ".join(f"--combine {way}" for way in WAYS)
+        raise UserError(f"--ckpt: {len(given)} checkpoints, which {ways} makes one of")
+    if combine and len(given) < 2:
+        raise UserError(f"--combine {combine}: needs several checkpoints, --ckpt A B ...")
+    if not combine and is_published(Path(given[0])) and Path(given[0]).is_file():
+        return [Path(given[0])]
+    folders = [checkpoint.resolve(path, prefer="best") for path in given]
+    for folder in folders if combine else []:
+        if (system := checkpoint.read_state(folder).get("system")) is not None:
+            raise UserError(f"{folder}: a checkpoint of {system} is not combined, only those of train_llm.py are")
+    return folders
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """What tells checkpoints apart: their names, and before those of another run than the first's that run's."""
+    runs = [run_of(folder) for folder in folders]
+    return [
+        folder.stem if is_published(folder) else folder.name if run == runs[0] else f"{run.name}.{folder.name}"
+        for folder, run in zip(folders, runs, strict=True)
+    ]
+
+
+def run_of(folder: Path) -> Path:
+    """The folder of the run that a checkpoint is from."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
 
 def read_input(path: str, text: str | None) -> list[Clip]:
@@ -519,10 +595,16 @@ def main(cfg: Config) -> None:
     if not cfg.ckpt or not cfg.input:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
     clips = read_input(cfg.input, cfg.text)
-    predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm)
-    for name in predictor.made:
-        predictor.encoder(name)  # if its weights are missing, that is said before the first clip
+    predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm, cfg.combine, cfg.model)
+    if cfg.prompt_layout:
+        if not isinstance(predictor, LlmPredictor):
+            raise UserError("--prompt-layout: this checkpoint reads no prompt")
+        predictor.data.prompt_layout = cfg.prompt_layout
     print(f"{predictor.folder}: {predictor.coverage}")
+    for name in predictor.made:
+        encoder = predictor.encoder(name)  # if its weights are missing, that is said before the first clip
+        if encoder is not None and encoder.coverage:
+            print(f"{name}, {encoder.name}: {encoder.coverage}")
     if cfg.chat:
         return chat(predictor, clips, cfg)
     bad = 0

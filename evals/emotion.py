@@ -13,8 +13,8 @@ from common.config import UserError, opt
 from data.clips import ClipData, Sample
 from data.prompts import DFEW7, EMOTIONS6, extract_label
 from evals.openset import built_in
-from model.generate import generate, score_labels
-from model.mllm import Mllm, pack
+from model.combine import Ensemble
+from model.mllm import Batch, Mllm, pack
 from model.tokenizer import Tokenizer
 
 # what MER2023's feature folders are called in MER2024
@@ -68,7 +68,7 @@ class DecodeConfig:
 
 
 def answer(
-    mllm: Mllm,
+    mllm: Mllm | Ensemble,
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     labels: Sequence[str],
@@ -90,11 +90,11 @@ def answer(
     for start in range(0, len(order), batch_size):  # neighbours in length share a batch
         chosen = order[start : start + batch_size]
         with torch.inference_mode():
-            prompts = mllm.prompts(pack([samples[i] for i in chosen], mllm.cfg, answers=False).to(device))
+            batch = pack([samples[i] for i in chosen], mllm.cfg, answers=False).to(device)
             if cfg.decode == "score":
-                found = _score(mllm, prompts, candidates, labels)
+                found = _score(mllm.score(batch, candidates), labels)
             else:
-                found = _generate(mllm, tokenizer, prompts, labels, cfg, seed + start)
+                found = _generate(mllm, tokenizer, batch, labels, cfg, seed + start)
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
             asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target, "path": sample.path}
@@ -104,21 +104,21 @@ def answer(
     return [records[i] for i in range(len(samples))]
 
 
-def _score(mllm: Mllm, prompts: list[Tensor], candidates: list[list[int]], labels: Sequence[str]) -> list[dict]:
-    probabilities = score_labels(mllm.llm, prompts, candidates).softmax(-1).tolist()
-    best = [max(range(len(labels)), key=row.__getitem__) for row in probabilities]
+def _score(probabilities: Tensor, labels: Sequence[str]) -> list[dict]:
+    rows = probabilities.tolist()
+    best = [max(range(len(labels)), key=row.__getitem__) for row in rows]
     return [
         {"prediction": labels[b], "answer": labels[b], "probabilities": dict(zip(labels, row, strict=True))}
-        for b, row in zip(best, probabilities, strict=True)
+        for b, row in zip(best, rows, strict=True)
     ]
 
 
 def _generate(
-    mllm: Mllm, tokenizer: Tokenizer, prompts: list[Tensor], labels: Sequence[str], cfg: DecodeConfig, seed: int
+    mllm: Mllm | Ensemble, tokenizer: Tokenizer, batch: Batch, labels: Sequence[str], cfg: DecodeConfig, seed: int
 ) -> list[dict]:
-    generator = torch.Generator(prompts[0].device).manual_seed(seed) if cfg.temperature > 0 else None
-    ids = generate(
-        mllm.llm, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
+    generator = torch.Generator(batch.input_ids.device).manual_seed(seed) if cfg.temperature > 0 else None
+    ids = mllm.generate(
+        batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
         repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.eos_id, generator=generator,
     )  # fmt: skip
     answers = [tokenizer.decode(row).strip() for row in ids]
@@ -144,7 +144,7 @@ def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -
 
 
 def ask(
-    mllm: Mllm,
+    mllm: Mllm | Ensemble,
     tokenizer: Tokenizer,
     data: ClipData,
     chosen: Sequence[int],
@@ -167,7 +167,7 @@ def ask(
 
 
 def evaluate(
-    mllm: Mllm,
+    mllm: Mllm | Ensemble,
     tokenizer: Tokenizer,
     data: ClipData,
     labels: Sequence[str],

@@ -1,5 +1,6 @@
 """Decoding with a static key/value cache: greedy, sampling, beam search, and the likelihood of given answers."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,10 @@ class State:
             return scores
         return torch.where(self.seen, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
 
+    def scores(self) -> Tensor:
+        """What the next tokens are chosen by: (B, V) penalized logits."""
+        return self.penalized(self.logits)
+
     def step(self, tokens: Tensor) -> None:
         """Feed one token a row (B,) and compute the logits of the next."""
         if self.seen is not None:
@@ -101,6 +106,26 @@ class State:
         self.cache.select(rows)
         self.positions, self.logits = self.positions[rows], self.logits[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+
+
+class Together:
+    """States of several models that are fed the same tokens, chosen by the mean of their probabilities."""
+
+    def __init__(self, states: list[State]):
+        self.states = states
+
+    def scores(self) -> Tensor:
+        """Log of the mean probability (B, V), each model's own penalty and softmax first."""
+        logs = torch.stack([state.scores().log_softmax(-1) for state in self.states])
+        return logs.logsumexp(0) - math.log(len(logs))
+
+    def step(self, tokens: Tensor) -> None:
+        for state in self.states:
+            state.step(tokens)
+
+    def select(self, rows: Tensor) -> None:
+        for state in self.states:
+            state.select(rows)
 
 
 def _embed(llm: Llama, prompts: Prompts) -> tuple[Tensor, Tensor | None, list[int]]:
@@ -139,7 +164,30 @@ def generate(
     state = State(llm, prompts, max_new_tokens, repetition_penalty)
     if num_beams > 1:
         return _beam_search(state, max_new_tokens, num_beams, length_penalty, eos)
-    return _sample(state, max_new_tokens, temperature, top_p, eos, generator)
+    return _sample(state, len(prompts), max_new_tokens, temperature, top_p, eos, generator)
+
+
+@torch.inference_mode()
+def generate_together(
+    models: Sequence[tuple[Llama, Prompts]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    repetition_penalty: float = 1.0,
+    eos_id: int | Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """generate() by several models, each with its own embeddings of the same prompts; there are no beams."""
+    _check(temperature, top_p, num_beams, repetition_penalty)
+    if num_beams > 1:
+        raise UserError(f"num_beams: {num_beams}, but several models decode together greedily or by sampling only")
+    rows = len(models[0][1])
+    if rows == 0 or max_new_tokens <= 0:
+        return [[] for _ in range(rows)]
+    eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    states = Together([State(llm, prompts, max_new_tokens, repetition_penalty) for llm, prompts in models])
+    return _sample(states, rows, max_new_tokens, temperature, top_p, eos, generator)
 
 
 def _check(temperature: float, top_p: float, num_beams: int, repetition_penalty: float) -> None:
@@ -156,12 +204,18 @@ def _check(temperature: float, top_p: float, num_beams: int, repetition_penalty:
 
 
 def _sample(
-    state: State, steps: int, temperature: float, top_p: float, eos: list[int], generator: torch.Generator | None
+    state: State | Together,
+    count: int,
+    steps: int,
+    temperature: float,
+    top_p: float,
+    eos: list[int],
+    generator: torch.Generator | None,
 ) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in state.cache.lengths]
-    rows: list[int | None] = list(range(len(answers)))  # cache row -> answer, None once it ended
+    answers: list[list[int]] = [[] for _ in range(count)]
+    rows: list[int | None] = list(range(count))  # cache row -> answer, None once it ended
     for step in range(steps):
-        tokens = pick(state.penalized(state.logits), temperature, top_p, generator)
+        tokens = pick(state.scores(), temperature, top_p, generator)
         for i, token in enumerate(tokens.tolist()):  # the one wait for the device
             row = rows[i]
             if row is not None and token in eos:

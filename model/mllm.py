@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from common import checkpoint
 from common.config import UserError, from_dict, opt
-from common.weights import find_weights, identity
+from common.weights import find_weights, identity, read_tensors
 from model import encoders
+from model.generate import generate, score_labels
 from model.llm import Llama, LlamaConfig, Packed
 from model.lora import add_lora
 from model.tokenizer import Tokenizer
@@ -235,6 +236,14 @@ class Mllm(nn.Module):
         """Embeddings of each sample's prompt, a list of (T_i, D)."""
         return list(self.embed(batch)[0].split(batch.lengths))
 
+    def score(self, batch: Batch, candidates: list[list[int]]) -> Tensor:
+        """Probability of each candidate answer to each prompt among all of them, fp32 (B, L)."""
+        return score_labels(self.llm, self.prompts(batch), candidates).softmax(-1)
+
+    def generate(self, batch: Batch, max_new_tokens: int, **settings: Any) -> list[list[int]]:
+        """New tokens of each prompt; settings as model.generate.generate takes them."""
+        return generate(self.llm, self.prompts(batch), max_new_tokens, **settings)
+
     def set_statistics(self, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Mean and standard deviation of each slot's raw rows over the train split."""
         for name, (mean, std) in statistics.items():
@@ -287,10 +296,20 @@ def load_visual(cfg: MllmConfig, device: torch.device) -> Any:
     return encoder.to(device) if encoder.batched else encoder
 
 
-def load(folder: Path, state: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Mllm, Tokenizer, str]:
-    """The trained model of a checkpoint folder whose state.json is `state`, in eval mode, with its loading coverage."""
+def load(
+    folder: Path, state: dict[str, Any], device: torch.device, dtype: torch.dtype, tensors: dict | None = None
+) -> tuple[Mllm, Tokenizer, str]:
+    """The trained model of a checkpoint folder whose state.json is `state`, in eval mode, with its loading coverage.
+
+    `tensors` take the place of what the folder's model.safetensors holds.
+    """
     cfg = from_dict(MllmConfig, state["config"]["model"])
     mllm, tokenizer = build(cfg, dtype, device, folder)
     if not cfg.full and state["base"]["files"] != identity(find_weights(cfg.llm, "language model"))["files"]:
         raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
-    return mllm.eval(), tokenizer, checkpoint.load_model(mllm, folder)
+    if tensors is None:
+        tensors = read_tensors(folder / checkpoint.MODEL)
+    covered = checkpoint.load_tensors(mllm, tensors, str(folder / checkpoint.MODEL))
+    if not cfg.full:
+        covered = f"{mllm.llm.coverage} of the language model, {covered}"
+    return mllm.eval(), tokenizer, covered

@@ -8,17 +8,20 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
+import yaml
 
 import eval as script
 import meld_train
 import train_clap
 import train_slm
-from common import config
+from common import checkpoint, config
 from common.config import UserError
 from data.manifest import read_manifest, write_manifest
 from evals import speech as reports
 from evals.openset import Synonyms
 from tests.training import changed_lines, make_lines, make_meld
+from tests.training import error as refused_line
 from tests.training import run as train
 
 SCORES = ("accuracy", "uar", "weighted_f1")
@@ -172,6 +175,122 @@ def test_a_checkpoint_of_another_base_is_refused(merr, tmp_path, signals):
         run("--ckpt", out)
     folder = (out / "checkpoints" / "last").resolve()
     assert str(error.value) == f"{folder}: was trained on other weights of {base} than those found here"
+
+
+# ---- several checkpoints as one
+
+
+@pytest.fixture(scope="module")
+def adapted(merr, tmp_path_factory):
+    """A LoRA run of three checkpoints."""
+    import train_llm
+
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    argv = [*merr.argv, "--out", out, "--epochs", 3, "--iters-per-epoch", 2]
+    assert train(train_llm, argv) == 0
+    return out
+
+
+def test_checkpoints_combined_both_ways(adapted, tmp_path, capsys):
+    folders = [adapted / "checkpoints" / f"epoch_{number:03d}" for number in (1, 2, 3)]
+    each = []
+    for number, folder in enumerate(folders):
+        run("--ckpt", folder, "--out", tmp_path / str(number), "--device", "cpu")
+        each.append(read(tmp_path / str(number))[1])
+    assert each[0] != each[2]
+    for how in ("weights", "predictions"):
+        capsys.readouterr()
+        run("--ckpt", *folders, "--combine", how, "--device", "cpu")
+        place = adapted / "eval" / "clips" / f"epoch_001+epoch_002+epoch_003-{how}"
+        said = capsys.readouterr().out
+        assert f"{folders[0]}: {how} of {', '.join(map(str, folders))} combined, " in said
+        assert "LoRA tensors" in said
+        assert f"\nscore, {how} of 3 checkpoints: accuracy " in said
+        assert said.endswith(f"written to {place}\n")
+        metrics, records = read(place)
+        assert metrics["combine"] == how
+        assert metrics["checkpoint"] == " ".join(map(str, folders))
+        assert len(records) == metrics["clips"] == 9
+        for record, *single in zip(records, *each, strict=True):
+            mean = {name: sum(one["probabilities"][name] for one in single) / 3 for name in record["probabilities"]}
+            assert record["probabilities"] == pytest.approx(mean, abs=1e-6 if how == "predictions" else 0.2)
+    run("--ckpt", *folders, "--combine", "predictions", "--decode", "generate", "--out", tmp_path / "told")
+    assert read(tmp_path / "told")[0]["decode"] == "generate"
+
+
+def test_a_checkpoint_with_itself_and_a_run_of_another_name(adapted, tmp_path):
+    copy = shutil.copytree(adapted, tmp_path / "copy", symlinks=True)
+    run("--ckpt", adapted, "--out", tmp_path / "alone")
+    run("--ckpt", copy / "checkpoints", adapted, "--combine", "weights")
+    metrics, records = read(copy / "eval" / "clips" / "epoch_003+run.epoch_003-weights")
+    alone, expected = read(tmp_path / "alone")
+    assert metrics["confusion"] == alone["confusion"]
+    for record, other in zip(records, expected, strict=True):
+        assert record["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+
+
+def test_fully_trained_checkpoints_combine(trained, tmp_path):
+    folders = [trained.run / "checkpoints" / name for name in ("epoch_012", "epoch_024")]
+    for how in ("weights", "predictions"):
+        run("--ckpt", *folders, "--combine", how, "--out", tmp_path / how)
+        assert read(tmp_path / how)[0]["clips"] == 10
+
+
+def test_what_does_not_combine(adapted, trained, tmp_path, capsys):
+    a, b = adapted / "checkpoints" / "epoch_001", (trained.run / "checkpoints" / "last").resolve()
+    other = checkpoint.save(tmp_path, "epoch_002", torch.nn.Linear(1, 1), {}, {"step": 1, "system": "mosei"}, {})
+    for argv, line in (
+        ([other, other, "--combine", "weights"],
+         f"{other}: a checkpoint of mosei is not combined, only those of train_llm.py are"),
+        ([other, other], "--ckpt: 2 checkpoints, which --combine weights or --combine predictions makes one of"),
+        ([a, a], "--ckpt: 2 checkpoints, which --combine weights or --combine predictions makes one of"),
+        ([a, "--combine", "weights"], "--combine weights: needs several checkpoints, --ckpt A B ..."),
+        ([a, b, "--combine", "weights"], f"{b} does not combine with {a}: model.full is true, not false"),
+        ([a, a, "--combine", "predictions", "--num-beams", 2], "--num-beams 2: --combine predictions has no beams"),
+        ([a, "x.pth", "--combine", "weights"],
+         "checkpoint x.pth: not found (a run folder, its checkpoints/ or one checkpoint folder)"),
+        ([a, "--model.lora_r", 4], f"{a}: a checkpoint of a run knows its shape; the options model.* are of a .pth"),
+    ):  # fmt: skip
+        assert refused_line(script, ["--ckpt", *argv, "--device", "cpu"], capsys) == line
+
+
+# ---- a published .pth
+
+
+@pytest.fixture
+def published(merr, tmp_path):
+    """Emotion-LLaMA as it is released, tiny: a .pth, the YAML of its shape, and the same weights as a model here."""
+    from tests.model.test_published import released
+
+    cfg = {"lora_r": 4, "lora_alpha": 8, "features": {"voice": 5}, "visual": "patches", "visual_width": 3,
+           "image_size": 56}  # fmt: skip
+    argv = ["--llm", merr.root / "base", "--data-root", merr.root, "--device", "cpu"]
+    state = released(merr.root / "base", cfg)
+    torch.save({"model": state, "epoch": 29, "scaler": None}, tmp_path / "Emotion_LLaMA.pth")
+    tree = {"model": {"arch": "minigpt_v2", "llama_model": str(merr.root / "base"), **cfg},
+            "prompt_layout": "original_eval", "decode": {"extract": "original", "max_new_tokens": 5}}  # fmt: skip
+    (tmp_path / "released.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "Emotion_LLaMA.pth", ["--cfg", tmp_path / "released.yaml", *argv]
+
+
+@pytest.mark.parametrize("decode", ["generate", "score"])
+def test_a_published_file_is_evaluated_as_it_is(published, merr, tmp_path, capsys, decode):
+    path, argv = published
+    run("--ckpt", path, *argv, "--decode", decode)
+    metrics, records = read(tmp_path / "eval" / "mer2023" / "Emotion_LLaMA")
+    said = capsys.readouterr().out
+    assert f"{path}: 11/11 tensors of the language model, 4/4 LoRA tensors, 6/6 projection tensors; ignored: " in said
+    assert metrics["clips"] == 9
+    head = "<s><s>[INST] <video><image><voice><cls></video> <feature><FeatureHere></feature>"
+    assert sum(record["prompt"].startswith(head) for record in records) > 4
+    assert all("happy, sad, neutral, angry, worried, surprise, fear, contempt, doubt." in r["prompt"] for r in records)
+    assert metrics["extract"] == "original"
+
+
+def test_a_published_file_of_another_rank_is_refused(published, capsys):
+    path, argv = published
+    line = refused_line(script, ["--ckpt", path, *argv, "--model.lora_r", 8], capsys)
+    assert line == f"{path}: LoRA of rank 4, the model's is 8"
 
 
 # ---- the speech pipeline

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import eval as evaluation
 import predict
@@ -162,6 +163,40 @@ def test_a_conversation_from_the_keyboard(trained, predictor, clips, monkeypatch
         with pytest.raises(UserError) as error:
             chat(monkeypatch, [], *argv, *more)
         assert str(error.value) == line
+
+
+@pytest.mark.parametrize("how", ["weights", "predictions"])
+def test_checkpoints_combined(trained, clips, how):
+    """The answers of eval.py with the same checkpoints; one twice is that one."""
+    folders = [trained.run / "checkpoints" / name for name in ("epoch_012", "epoch_024")]
+    each = [predict.load(folder)(clips[0].path, text=clips[0].text)["probabilities"] for folder in folders]
+    both = predict.load(folders, combine=how)
+    assert both.coverage.startswith(f"{how} of {folders[0]}, {folders[1]} combined, ")
+    found = both(clips[0].path, text=clips[0].text)["probabilities"]
+    if how == "predictions":
+        mean = {name: (each[0][name] + each[1][name]) / 2 for name in found}
+        assert found == pytest.approx(mean, abs=1e-6)
+    twice = predict.load([folders[0]] * 2, combine=how)
+    assert twice(clips[0].path, text=clips[0].text)["probabilities"] == pytest.approx(each[0], abs=1e-5)
+    answer = both(clips[0].path, text=clips[0].text, question="[reason] Why?")
+    assert isinstance(answer["answer"], str)
+
+
+def test_a_published_file(merr, clips, tmp_path, capsys):
+    """Emotion-LLaMA as it is released, tiny, on a picture that is encoded here; its voice another tool made."""
+    from tests.model.test_published import released
+
+    base = merr.root / "base"
+    cfg = {"lora_r": 4, "lora_alpha": 8, "features": {"voice": 5}, "visual": "patches", "visual_width": 12,
+           "visual_encoder": "framestats", "image_size": 56}  # fmt: skip
+    torch.save({"model": released(base, cfg)}, tmp_path / "x.pth")
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"model": cfg, "prompt_layout": "original_eval"}))
+    run("--ckpt", tmp_path / "x.pth", "--cfg", tmp_path / "x.yaml", "--llm", base, "--device", "cpu", "--input",
+        clips[0].path, "--text", "we leave")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "4/4 LoRA tensors, 6/6 projection tensors; ignored: " in said
+    assert f"\n{clips[0].id}: " in said
+    assert "(without voice)" in said
 
 
 def test_a_folder_with_one_broken_file(trained, predictor, clips, tmp_path, capsys):

@@ -204,7 +204,8 @@ FLAGS = {
         log_every --log-every, save_every --save-every, test --test, keep --keep, ckpt --ckpt, out --out,
         resume --resume, overwrite --overwrite, fast --fast""",
     "eval": """
-        ckpt --ckpt, bench --bench, decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens,
+        ckpt --ckpt, combine --combine, bench --bench, decode.decode --decode, decode.extract,
+        decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
         decode.repetition_penalty, judge.kind --judge, judge.url --judge-url, judge.model --judge-model,
         judge.workers --judge-workers, judge.timeout --judge-timeout, judge.cache --judge-cache,
@@ -212,13 +213,15 @@ FLAGS = {
         synonyms --synonyms, text_metrics --text-metrics, out --out, limit --limit, batch_size --batch-size,
         device --device, seed --seed, llm --llm, data_root --data-root, features_root,
         feature_folders --feature-folders, manifest --manifest, fold --fold, test_file --test-file,
-        streams --streams, prompt_layout, question""",
+        streams --streams, prompt_layout, question, model.lora_r, model.lora_alpha, model.features, model.visual,
+        model.visual_encoder, model.visual_weights, model.visual_options, model.visual_width, model.image_size""",
     "predict": """
-        ckpt --ckpt, input --input, text --text, question --question, chat --chat, llm --llm, out --out,
-        device --device, batch_size --batch-size, decode.decode --decode, decode.extract,
-        decode.max_new_tokens --max-new-tokens,
-        decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
-        decode.repetition_penalty""",
+        ckpt --ckpt, combine --combine, input --input, text --text, question --question, chat --chat,
+        llm --llm, out --out, device --device, batch_size --batch-size, prompt_layout, decode.decode --decode,
+        decode.extract,
+        decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams, decode.temperature --temperature,
+        decode.top_p --top-p, decode.repetition_penalty, model.lora_r, model.lora_alpha, model.features, model.visual,
+        model.visual_encoder, model.visual_weights, model.visual_options, model.visual_width, model.image_size""",
     "extract": """
         encoder, weights, options, pooling, manifest, data_root, annotation_file, image_path, out, frame, image_size,
         device, tokens_per_batch, num_workers, npy, max_bad, resume, overwrite""",
@@ -329,7 +332,7 @@ def test_every_config_loads_and_names_no_place_of_one_machine():
 
 def test_the_evaluation_block_loads_into_the_script_that_took_its_place(as_file):
     cfg = load("--cfg-path", as_file(EMER), script=evaluation)
-    assert (cfg.llm, cfg.ckpt) == (RECIPE["model.llm"], "/path/to/save_checkpoint/2024xxxx-v2/checkpoint_29.pth")
+    assert (cfg.llm, cfg.ckpt) == (RECIPE["model.llm"], ["/path/to/save_checkpoint/2024xxxx-v2/checkpoint_29.pth"])
 
 
 # ---- command lines
@@ -393,7 +396,7 @@ def test_commands_of_the_mosei_guide(command, expected):
 
 
 def test_the_mosei_guides_evaluation_command():
-    assert load("--checkpoint", "checkpoints/best", script=evaluation).ckpt == "checkpoints/best"
+    assert load("--checkpoint", "checkpoints/best", script=evaluation).ckpt == ["checkpoints/best"]
 
 
 # ---- both stages

@@ -18,6 +18,7 @@ from common.config import UserError
 from common.weights import find_weights, load_strict, read_json
 from model.quant import quantize
 
+SHARD = 5 * 10**9  # bytes of weights in one file, as the Hub's own models have them
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -237,17 +238,41 @@ class Llama(nn.Module):
         llm._tie()
         return llm.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """config.json and model.safetensors as Hugging Face lays them out. Merged adapters are part of the weights."""
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = SHARD
+    ) -> None:
+        """config.json and weights as Hugging Face lays them out, in shards with an index where one would be too large.
+
+        Merged adapters are part of the weights. `dtype`: None keeps the weights' own.
+        """
         if any(getattr(module, "merged", True) is False for module in self.modules()):
             raise ValueError("merge the LoRA adapters before saving the whole model")
         state = {name.replace(".base.", "."): t for name, t in self.state_dict().items() if ".lora_" not in name}
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        config = self.config.to_json() | {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")}
+        dtype = dtype or self.lm_head.weight.dtype
+        config = self.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         os.makedirs(folder, exist_ok=True)
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({n: t.contiguous() for n, t in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
+        shards: list[list[str]] = [[]]
+        left = shard_bytes
+        for name, tensor in state.items():
+            size = tensor.numel() * dtype.itemsize
+            if size > left and shards[-1]:
+                shards.append([])
+                left = shard_bytes
+            shards[-1].append(name)
+            left -= size
+        files = ["model.safetensors"]
+        if len(shards) > 1:
+            files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+            sizes = {"total_size": sum(tensor.numel() for tensor in state.values()) * dtype.itemsize}
+            places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            index = json.dumps({"metadata": sizes, "weight_map": places}, indent=2)
+            Path(folder, "model.safetensors.index.json").write_text(index + "\n")
+        for file, names in zip(files, shards, strict=True):  # one shard in memory beside the model
+            part = {name: state[name].to("cpu", dtype).contiguous() for name in names}
+            save_file(part, Path(folder, file), {"format": "pt"})
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings (..., D)."""

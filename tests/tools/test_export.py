@@ -150,7 +150,7 @@ def test_mistakes_are_named(tmp_path):
         (
             ["--ckpt", str(tmp_path / "other")],
             r"a checkpoint of system slm cannot be exported as torchscript "
-            r"\(mosei: torchscript, torch_export, safetensors; clap: projectors\)",
+            r"\(mosei: torchscript, torch_export, safetensors; clap: projectors; llm: peft, huggingface\)",
         ),
         (["--seed-index", "2"], "--seed-index: '2' is not best, all or 0 to 1"),
         (["--seed-index", "first"], "'first' is not best"),

@@ -174,6 +174,11 @@ def resolve(path: str | Path, prefer: str = "last") -> Path:
     raise UserError(f"checkpoint {path}: {reason} (a run folder, its checkpoints/ or one checkpoint folder)")
 
 
+def run_of(folder: Path) -> Path:
+    """The run that a checkpoint folder belongs to; of a copy elsewhere, the folder it lies in."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+
+
 def newest(root: Path) -> Path | None:
     """The furthest whole checkpoint in root: after a kill between a rename and its link, ahead of `last`."""
     found = checkpoints(root)

@@ -125,6 +125,12 @@ def target(text: str, layout: str) -> str:
     return text if layout == "clean" else process_answer(text)
 
 
+def spoken(prompt: str) -> str | None:
+    """What the person says, from a prompt of any layout; None where it is not told."""
+    found = re.search(rf"The person in video says: (.*?)\.? +\[(?:{'|'.join(QUESTIONS)})\] ", prompt, re.DOTALL)
+    return found and found[1]
+
+
 def process_answer(text: str, max_words: int = 200) -> str:
     """A training target as LAVIS' blip_caption writes it: lower case, most punctuation out, at most max_words."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])

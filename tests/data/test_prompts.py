@@ -24,6 +24,7 @@ from data.prompts import (
     pick_question,
     process_answer,
     segments,
+    spoken,
     target,
 )
 
@@ -158,6 +159,14 @@ def reference_answer(text):
 )
 def test_process_answer(text):
     assert process_answer(text) == reference_answer(text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("said", ["Oh my!", "Well. [laughs] I see.", "No. No, no.\nNever...", None])
+def test_what_is_said_is_found_again(layout, said):
+    parts = segments("emotion", "What is it?", said, UTTERANCE, layout=layout)
+    told = " ".join(said.split()).removesuffix(".") if said and layout == "clean" else said
+    assert spoken("".join(part if isinstance(part, str) else f"<{part.name}>" for part in parts)) == told
 
 
 def test_process_answer_by_hand():

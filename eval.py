@@ -7,6 +7,7 @@ $ python eval.py --ckpt out/mosei --data-root datasets/mosei
 $ python eval.py --ckpt out/slm
 $ python eval.py --ckpt out/stage2 --bench emer --judge api --judge-url https://host/v1 --judge-model NAME
 $ python eval.py --bench emer --answers answers.csv --truth gt-eng.csv
+$ python eval.py --compare out/a out/b/checkpoints/epoch_010 out/text_only --out report.html
 """
 
 import json
@@ -25,7 +26,7 @@ from data.features import replace_file
 from data.mosei import open_corpus
 from data.prompts import ASKED, EMOTIONS9, LAYOUTS
 from data.utterances import load_splits
-from evals import emer, emotion, judge, openset, retrieval, sentiment, speech, texts
+from evals import compare, emer, emotion, judge, openset, page, retrieval, sentiment, speech, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
 from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
@@ -33,7 +34,7 @@ from model import clap, fusion, meld, slm
 from model.combine import WAYS
 from model.mllm import load_visual
 from model.published import PublishedConfig
-from predict import LlmPredictor, is_published, load, resolve, run_of
+from predict import LlmPredictor, is_published, load, resolve
 
 
 @dataclass
@@ -83,12 +84,18 @@ class Config:
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
     prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
     question: str | None = opt(None, "another emotion question than in training", choices=ASKED)
+    compare: list[str] = opt(
+        [], "write one HTML page about these, evaluations or runs or checkpoints, to --out (report.html)", "--compare"
+    )
+    published: bool = opt(False, "--compare: published results beside them", "--published")
     model: PublishedConfig = field(default_factory=PublishedConfig)  # read for a published .pth only
 
 
 def main(cfg: Config) -> None:
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
+    if cfg.compare or cfg.published:
+        return side_by_side(cfg, say) if here.main else None
     if cfg.answers:
         return score_answers(cfg, here, say) if here.main else None
     if not cfg.ckpt:
@@ -291,9 +298,20 @@ def write(out: Path, report: dict, records: list[dict]) -> None:
     replace_file(out / "predictions.jsonl", "".join(lines).encode())
 
 
+def side_by_side(cfg: Config, say: Callable) -> None:
+    """The page that compares evaluations; nothing is evaluated."""
+    for name in ("ckpt", "answers"):
+        if getattr(cfg, name):
+            raise UserError(f"--compare and --{name}: give one of them")
+    if not cfg.compare:
+        raise UserError("--published needs --compare")
+    found = compare.align(compare.read(compare.find(cfg.compare, cfg.bench)))
+    say(f"written to {page.write(Path(cfg.out or 'report.html'), found, cfg.published, cfg.seed)}")
+
+
 def place(cfg: Config, folder: Path, bench: str, name: str | None = None) -> Path:
     """Where the results of a checkpoint go, or of several under a name of their own."""
-    return Path(cfg.out) if cfg.out else run_of(folder) / "eval" / bench / (name or folder.name)
+    return Path(cfg.out) if cfg.out else checkpoint.run_of(folder) / "eval" / bench / (name or folder.name)
 
 
 def score_fusion(cfg: Config, folder: Path, state: dict[str, Any], here: dist.Ranks, say: Callable) -> None:

@@ -536,16 +536,11 @@ def resolve(given: Sequence[str | Path], combine: str | None) -> list[Path]:
 
 def names(folders: Sequence[Path]) -> list[str]:
     """What tells checkpoints apart: their names, and before those of another run than the first's that run's."""
-    runs = [run_of(folder) for folder in folders]
+    runs = [checkpoint.run_of(folder) for folder in folders]
     return [
         folder.stem if is_published(folder) else folder.name if run == runs[0] else f"{run.name}.{folder.name}"
         for folder, run in zip(folders, runs, strict=True)
     ]
-
-
-def run_of(folder: Path) -> Path:
-    """The folder of the run that a checkpoint is from."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
 
 def read_input(path: str, text: str | None) -> list[Clip]:

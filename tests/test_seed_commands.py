@@ -213,7 +213,8 @@ FLAGS = {
         synonyms --synonyms, text_metrics --text-metrics, out --out, limit --limit, batch_size --batch-size,
         device --device, seed --seed, llm --llm, data_root --data-root, features_root,
         feature_folders --feature-folders, manifest --manifest, fold --fold, test_file --test-file,
-        streams --streams, prompt_layout, question, model.lora_r, model.lora_alpha, model.features, model.visual,
+        streams --streams, prompt_layout, question, compare --compare,
+        published --published, model.lora_r, model.lora_alpha, model.features, model.visual,
         model.visual_encoder, model.visual_weights, model.visual_options, model.visual_width, model.image_size""",
     "predict": """
         ckpt --ckpt, combine --combine, input --input, text --text, question --question, chat --chat,

@@ -22,12 +22,12 @@ from common.log import confusion_png
 from data import pairs
 from data.clips import ClipData, DataConfig, Features, load_test
 from data.dfew import FOLDS, load_dfew
-from data.features import replace_file
 from data.mosei import open_corpus
 from data.prompts import ASKED, EMOTIONS9, LAYOUTS
 from data.utterances import load_splits
-from evals import compare, emer, emotion, judge, openset, page, retrieval, sentiment, speech, texts
+from evals import compare, emer, emotion, page, retrieval, sentiment, speech, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
+from evals.freeform import FreeForm, find_truth, write
 from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
 from model import clap, fusion, meld, slm
@@ -129,7 +129,10 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     bench = BENCHMARKS[name]
     labels = list(bench.labels) or data_cfg.labels
     decode = cfg.decode if bench.task == "emotion" else replace(cfg.decode, decode="generate")
-    free = FreeForm(cfg, name, here) if bench.task != "emotion" else None
+    free = None
+    if bench.task != "emotion":
+        published = None if data_cfg.manifest or cfg.test_file else find_truth(name, data_cfg.data_root)
+        free = free_form(cfg, name, cfg.truth or published, here)
     if cfg.text_metrics and decode.decode == "score":
         raise UserError("--text-metrics: scored labels are no text (--decode generate)")
     texts.check(cfg.text_metrics)
@@ -160,7 +163,7 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
         chosen = free.chosen(data.clips, cfg.limit)
         records = emotion.ask(*model, data, chosen, labels, decode, here, cfg.batch_size, bench.task, cfg.seed, True)
         if here.main:
-            free.finish(cfg, out, settings, records, {clip.id: clip.text for clip in data.clips}, say)
+            free.finish(out, settings, records, {clip.id: clip.text for clip in data.clips}, say)
         return dist.cleanup()
     found = {
         n: emotion.evaluate(*model, data, labels, decode, here, cfg.batch_size,
@@ -226,53 +229,8 @@ def places(cfg: Config, name: str, streams: Mapping[str, Any], data_cfg: DataCon
     return found | cfg.feature_folders
 
 
-class FreeForm:
-    """Free-form answers on emer or mer-ov: the truth they are held against, and who judges."""
-
-    def __init__(self, cfg: Config, name: str, here: dist.Ranks) -> None:
-        self.name = name
-        self.words = openset.Synonyms(cfg.synonyms)
-        self.judge = judge.build(cfg.judge, here.device, cfg.seed, self.words)
-        columns = emer.DESCRIPTIONS if name == "emer" else emer.WORDS
-        self.truth = emer.read_truth(cfg.truth, columns) if cfg.truth else {}
-        self.given = bool(cfg.truth)
-        self.captions: tuple[int, int] | None = None  # clips that have a truth, all clips
-        texts.check(cfg.text_metrics)
-
-    def chosen(self, clips: list, limit: int) -> list[int]:
-        """Places of the clips that have a truth: the file's, else the fine caption (emer) or the label (mer-ov)."""
-        if not self.given:
-            own = {clip.id: clip.captions.get("reason_v2") if self.name == "emer" else clip.label for clip in clips}
-            self.truth = {id: text for id, text in own.items() if text}
-        found = [i for i, clip in enumerate(clips) if clip.id in self.truth]
-        if not found:
-            raise UserError(f"none of the {len(clips)} clips has a true description (--truth FILE)")
-        self.captions = len(found), len(clips)
-        return found[:limit] if limit else found
-
-    def finish(self, cfg: Config, out: Path, settings: dict, records: list[dict], said: dict, say: Callable) -> None:
-        """Scores answers and writes them; the answers are on disk before the judge is asked."""
-        asked = len(records)
-        records = emer.with_truth(records, self.truth)
-        if len(records) < asked:
-            say(f"{asked - len(records)} of {asked} answers have no true description and are left out")
-        figures = texts.figures(records, said)
-        captions = self.captions or (len(records), asked)
-        figures |= dict(zip(("captions_found", "captions_wanted"), captions, strict=True))
-        if cfg.text_metrics:
-            figures["metrics"] = texts.compare(records, cfg.text_metrics)
-        write(out, settings | {"texts": figures}, records)
-        emer.write_answers(out / "answers.csv", records)
-        if self.name == "emer":
-            scores, records = emer.report(records, self.judge)
-            shown = judge.table(scores)
-        else:
-            scores, records = openset.report(records, self.judge, self.words)
-            shown = openset.table(scores)
-        write(out, settings | scores | {"texts": figures}, records)
-        if self.judge.usage is not None:
-            shown += f"\n{self.judge.usage.line()}"
-        say(f"{shown}\n{texts.line(figures)}\nwritten to {out}")
+def free_form(cfg: Config, name: str, truth: str | Path | None, here: dist.Ranks) -> FreeForm:
+    return FreeForm(name, cfg.judge, truth, cfg.synonyms, cfg.text_metrics, cfg.seed, here.device)
 
 
 def score_answers(cfg: Config, here: dist.Ranks, say: Callable) -> None:
@@ -281,21 +239,13 @@ def score_answers(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     if cfg.bench not in free or cfg.ckpt:
         raise UserError(f"--answers needs --bench {' or '.join(free)}, and no --ckpt")
     assert cfg.answers is not None
-    scorer = FreeForm(cfg, cfg.bench, here)
+    scorer = free_form(cfg, cfg.bench, cfg.truth, here)
     records = emer.read_answers(cfg.answers, (*emer.DESCRIPTIONS, *emer.WORDS))
     records = records[: cfg.limit] if cfg.limit else records
     say(f"{cfg.answers}: {len(records)} answers")
     out = Path(cfg.out) if cfg.out else Path(cfg.answers).parent / f"{cfg.bench}_{cfg.judge.kind}"
     settings = {"bench": cfg.bench, "answers_file": cfg.answers, "truth": cfg.truth}
-    scorer.finish(cfg, out, settings, records, {}, say)
-
-
-def write(out: Path, report: dict, records: list[dict]) -> None:
-    """metrics.json and predictions.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "metrics.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_file(out / "predictions.jsonl", "".join(lines).encode())
+    scorer.finish(out, settings, records, {}, say)
 
 
 def side_by_side(cfg: Config, say: Callable) -> None:

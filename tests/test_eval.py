@@ -489,6 +489,14 @@ def test_explanations_scored_offline(trained, tmp_path, capsys):
     assert {name: again[name] for name in scored} == {name: metrics[name] for name in scored}
 
 
+def test_the_truths_of_emer_are_found_beside_its_list(trained, tmp_path, capsys):
+    run("--ckpt", trained.run, "--bench", "emer", "--max-new-tokens", 2, "--limit", 2, "--out", tmp_path)
+    _, records = read(tmp_path)
+    rows = (trained.data / "gt-eng.csv").read_text().splitlines()
+    for record in records:
+        assert any(row.startswith(f"{record['id']},") and record["target"] in row for row in rows)
+
+
 def test_answers_outlive_their_judge(trained, tmp_path, monkeypatch, capsys):
     """They are on disk before a judge is asked that turns out not to be there; the next one reads them there."""
     from evals import chat

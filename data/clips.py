@@ -99,7 +99,9 @@ class Sample:
     task: str
     prompt: str
     target: str
-    path: str | None = None  # of the clip's media
+    path: str | None = None  # of the clip's media, and which part of it in seconds
+    start: float | None = None
+    end: float | None = None
     speaker: str | None = None
 
 
@@ -130,7 +132,10 @@ def make_sample(
     pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
     answer = encode(f"{target}</s>") if target is not None else []
-    return Sample(clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path, clip.speaker)
+    return Sample(
+        clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path, clip.start, clip.end,
+        clip.speaker,
+    )  # fmt: skip
 
 
 class Features:

@@ -98,6 +98,7 @@ def answer(
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
             asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target, "path": sample.path}
+            asked |= {"start": sample.start, "end": sample.end} if sample.start or sample.end else {}
             records[i] = {"id": sample.id, "label": sample.label, **record, **asked}
         bar.update(len(chosen))
     bar.close()

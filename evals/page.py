@@ -474,7 +474,8 @@ class Page:
             rows.append(row(_name(name), *("–" if np.isnan(value) else f"{value:.2f}" for value in values[:, i])))
         rows += self._probabilities(records, label)
         head = tag("tr", tag("td"), *(tag("th", model, scope="col") for model in self.models))
-        return tag("article", _picture(id, data.known(i, "path")), tag("div", *facts, class_="facts"),
+        where = (data.known(i, name) for name in ("path", "start", "end"))
+        return tag("article", _picture(id, *where), tag("div", *facts, class_="facts"),
                    table(f"Answers for {id}", [head], rows, kind="answers"), class_="clip")  # fmt: skip
 
     def _verdict(self, m: int, i: int) -> Html:
@@ -548,12 +549,12 @@ def _whisker(value: float, low: float, high: float, left: float, right: float, m
     )
 
 
-def _picture(id: str, path: str | None) -> Html:
+def _picture(id: str, path: str | None, start: float | None = None, end: float | None = None) -> Html:
     """The clip's middle frame as a data URI, or why there is none."""
     try:
         if not path:
             raise Absent("no media named")
-        frame = load_frame(path, "middle").permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+        frame = load_frame(path, "middle", start, end).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
     except MediaError as error:
         reason = str(error).removeprefix(f"{path}: ")
         named = f" ({Path(path).name})" if path else ""

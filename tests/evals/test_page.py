@@ -415,7 +415,9 @@ def test_frames_are_pictures_in_the_page(three, tmp_path, videos):
 def test_a_large_frame_becomes_320_pixels(monkeypatch):
     import torch
 
-    monkeypatch.setattr(page, "load_frame", lambda path, which: torch.full((720, 1280, 3), 90, dtype=torch.uint8))
+    monkeypatch.setattr(
+        page, "load_frame", lambda path, which, start, end: torch.full((720, 1280, 3), 90, dtype=torch.uint8)
+    )
     assert 'width="320" height="180"' in page._picture("x", "any.mp4")
 
 

@@ -533,8 +533,9 @@ def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, he
     results = {}
     for name, streams in runs.items():
         settings = replace(cfg.decode, decode="generate" if name == "generate" else "score")
+        part = test.only(streams) if streams else test  # not only([]), which would undo --data.streams
         scores, records = emotion.evaluate(
-            mllm, tokenizer, test.only(streams), cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
+            mllm, tokenizer, part, cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
         )
         carrying = [r["prediction"] == r["label"] for r in records if name.split()[0] in cues.get(r["id"], ())]
         if carrying:

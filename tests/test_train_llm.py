@@ -25,6 +25,7 @@ import train_llm
 from common import checkpoint, config, dist, optim
 from data.clips import ClipData, Features, load_splits
 from data.loader import Order, window
+from evals import emotion
 from model import mllm as multimodal
 from tests.conftest import FORK, end
 
@@ -684,6 +685,20 @@ def test_a_run_writes_what_it_promises(merr, tmp_path, capsys):
     assert results["test"]["score"]["clips"] == 9
     assert (out / "config.yaml").is_file()
     assert list((out / "tensorboard").glob("events*"))
+
+
+def test_the_test_split_is_read_with_the_streams_that_were_trained(merr, tmp_path, monkeypatch):
+    prompts, answer = [], emotion.answer
+
+    def reading(mllm, tokenizer, samples, *rest):
+        prompts.extend(sample.prompt for sample in samples)
+        return answer(mllm, tokenizer, samples, *rest)
+
+    monkeypatch.setattr(emotion, "answer", reading)
+    argv = ["--data.streams", "voice", "--epochs", 1, "--iters-per-epoch", 1, "--test", "--out", tmp_path / "run"]
+    assert train([*merr.argv, *argv]) == 0
+    assert len(prompts) == 2 * 9
+    assert not any("<image>" in prompt or "person in video says" in prompt for prompt in prompts)
 
 
 # ---- the order of clips, replay, augmentation

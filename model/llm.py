@@ -110,6 +110,20 @@ class Packed:
         return y.transpose(0, 1)[None]
 
 
+class Branched:
+    """Causal attention inside documents that lie back to back in one row, behind a beginning that all of them share."""
+
+    def __init__(self, shared: int, lengths: list[int], device: torch.device):
+        """`shared` positions, then documents of the given lengths without it."""
+        owner = torch.arange(1 + len(lengths), device=device).repeat_interleave(
+            torch.tensor([shared, *lengths], device=device)
+        )
+        self.mask = ((owner[:, None] == owner) | (owner == 0)).tril()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm; the kernel computes in fp32 whatever the dtype of x."""
 

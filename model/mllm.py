@@ -15,7 +15,7 @@ from common.config import UserError, from_dict, opt
 from common.weights import find_weights, identity, read_tensors
 from model import encoders
 from model.generate import generate, score_labels
-from model.llm import Llama, LlamaConfig, Packed
+from model.llm import Branched, Llama, LlamaConfig, Packed
 from model.lora import add_lora
 from model.tokenizer import Tokenizer
 
@@ -99,6 +99,13 @@ class Batch:
     @property
     def targets(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
+
+    def shared(self) -> int:
+        """With how many tokens all samples begin alike: before any slot, and before the last token of a prompt."""
+        first = torch.cat([at for at, _ in self.slots.values()] + [(self.labels != IGNORE_INDEX).nonzero()[:, 0] - 1])
+        most = min([*self.lengths, *(self.positions[first].tolist())])
+        heads = torch.stack([ids[:most] for ids in self.input_ids.split(self.lengths)])
+        return int((heads == heads[0]).all(0).cumprod(0).sum())
 
     def to(self, device: torch.device) -> "Batch":
         move = {
@@ -222,9 +229,16 @@ class Mllm(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
-        hidden = self.llm.hidden(self.embed(batch), Packed(batch.lengths), batch.positions[None])[0]
-        at = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
-        hidden, labels = hidden.index_select(0, at - 1), batch.labels[at]
+        x, positions, labels, attend = self.embed(batch), batch.positions, batch.labels, Packed(batch.lengths)
+        shared = batch.shared()
+        if 2 * shared * (len(batch.lengths) - 1) > len(positions):  # most of the work is the same beginning
+            kept = positions >= shared
+            kept[:shared] = True
+            x, positions, labels = x[:, kept], positions[kept], labels[kept]
+            attend = Branched(shared, [n - shared for n in batch.lengths], x.device)
+        hidden = self.llm.hidden(x, attend, positions[None])[0]
+        at = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        hidden, labels = hidden.index_select(0, at - 1), labels[at]
         loss = hidden.new_zeros((), dtype=torch.float32)
         for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             loss = loss + F.cross_entropy(self.llm.head(h), y, reduction="sum")

@@ -150,6 +150,31 @@ def test_a_sample_is_blind_to_its_neighbours(model):
     torch.testing.assert_close(together, model(pack([FULL], SMALL)) + model(pack([POOR], SMALL)))
 
 
+def test_a_beginning_that_samples_share_is_computed_once(model, monkeypatch):
+    """The same loss and gradients as alone; what lies behind the beginning is of different lengths."""
+    start = [[1], [5, 6, 7, 9, 11, 13, 15, 17, 19, 21, 23]]
+    samples = [
+        sample("a", [*start, "voice"], [10, 11, 2], seed=3),
+        sample("b", [*start, "voice"], [12, 2], seed=4),
+        sample("c", [*start, "face", "voice", [8]], [12, 2], seed=5),
+        sample("d", [*start], [14, 2], seed=6),
+    ]
+    assert pack(samples[:3], SMALL).shared() == 12
+    assert pack(samples, SMALL).shared() == 11  # an answer starts on a token of its own sample
+    assert pack([FULL, POOR], SMALL).shared() == 3
+    model.llm.eval()
+    seen, hidden = [], model.llm.hidden
+    monkeypatch.setattr(model.llm, "hidden", lambda x, *rest: seen.append(x.shape[1]) or hidden(x, *rest))
+    found = {}
+    for how, parts in (("once", [samples]), ("alone", [[each] for each in samples])):
+        model.zero_grad()
+        loss = sum(model(pack(part, SMALL)) for part in parts)
+        loss.backward()
+        found[how] = loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert seen == [11 + 5 + 4 + 6 + 3, 16, 15, 17, 14]
+    torch.testing.assert_close(found["once"], found["alone"], rtol=1e-4, atol=1e-5)
+
+
 def test_idle_projections_have_a_gradient_of_zero(model):
     model(pack([POOR], SMALL)).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -43,7 +43,7 @@ class DataConfig:
     task_pool: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "tasks and their weights", "--task-pool")
     labels: list[str] = opt(list(prompts.EMOTIONS9), "emotion labels, in the order the question names them")
     question: str = opt(
-        "labels", "emotion question: offers the labels, the published nine or six; guide: asks openly",
+        "labels", "emotion question: offers the labels, the published nine or six; guide: asks openly; none",
         choices=prompts.ASKED,
     )  # fmt: skip
     prompt_layout: str = opt(
@@ -75,6 +75,10 @@ class DataConfig:
     speaker_norm: bool = opt(
         False, "standardise utterance features by all clips of their speaker in the split, without looking at labels",
         "--speaker-norm",
+    )  # fmt: skip
+    speaker_swap: float = opt(
+        0.0, "while training: probability that utterance features are moved to a voice between two other speakers' "
+        "(nothing to do with --speaker-norm)",
     )  # fmt: skip
 
     @property
@@ -168,6 +172,7 @@ class Features:
         self.broken: dict[tuple[str, str], str] = {}  # (stream, clip) -> what is wrong
         self.lose: Callable[[str], None] = lambda problem: None  # what happens at a clip that cannot be encoded online
         self.own: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (stream, clip) -> its speaker's mean, deviation
+        self.speaker_norm = cfg.speaker_norm
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -195,7 +200,7 @@ class Features:
             if value is not None and name == self.visual:
                 values |= {"image": value[1:], "cls": value[:1]}
             elif value is not None:
-                own = self.own.get((name, clip.id))
+                own = self.own.get((name, clip.id)) if self.speaker_norm else None
                 values[name] = value if own is None else relative(value, *own)
         return {name: value for name, value in values.items() if name in self.keep}
 
@@ -264,15 +269,22 @@ class Features:
             )
         say(f"{problem}; its picture counts as absent")
 
-    def standardize_speakers(self, clips: Sequence[Clip]) -> None:
-        """Utterance features of these clips are from now on relative to those of all their speaker's clips here."""
-        for speaker, places in by_speaker(clips).items():
+    def learn_speakers(self, clips: Sequence[Clip]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+        """Speaker -> stream -> mean and deviation of the utterance features of all of the speaker's clips here.
+
+        With --speaker-norm features of these clips are relative to them from now on.
+        """
+        option = "--speaker-norm" if self.speaker_norm else "--data.speaker-swap"
+        voices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for speaker, places in by_speaker(clips, option).items():
+            voices[speaker] = {}
             for name in [name for name in self.stores if name != self.visual]:
                 read = {clips[i].id: self._read(name, clips[i]) for i in places}
                 found = {id: value for id, value in read.items() if value is not None}
                 if found:
-                    own = speaker_statistics(speaker, torch.cat(list(found.values())))
-                    self.own |= {(name, id): own for id in found}
+                    voices[speaker][name] = speaker_statistics(speaker, torch.cat(list(found.values())), option)
+                    self.own |= {(name, id): voices[speaker][name] for id in found}
+        return voices
 
     def describe(self) -> dict[str, dict]:
         """How each store was made, so that predict.py can make the same features of a new clip."""
@@ -317,8 +329,9 @@ class ClipData:
         self.features, self.cfg, self.encode, self.train, self.seed = features, cfg, encode, train, seed
         self.augment = cfg.augment() if train else {}
         self.blank: dict[str, Tensor] = {}  # slot -> (width,) what a coordinate that is dropped becomes; zero
-        if cfg.speaker_norm:
-            features.standardize_speakers(clips)
+        # with --speaker-norm all voices are one already
+        self.swap = cfg.speaker_swap if train and not cfg.speaker_norm else 0.0
+        self.voices = features.learn_speakers(clips) if cfg.speaker_norm or self.swap else {}
         self.clips, self.without_task = [], 0
         for clip in clips:
             if not train or self._tasks(clip):
@@ -381,6 +394,16 @@ class ClipData:
     def _draws(self, name: str, rng: random.Random) -> bool:
         return name in self.augment and rng.random() < self.augment[name]
 
+    def _swapped(self, clip: Clip, values: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
+        """Utterance features with the mean and deviation of a voice at a random place between two speakers'."""
+        share, (one, other) = rng.random(), rng.choices([*self.voices.values()], k=2)
+        values = dict(values)
+        for name in values.keys() & one.keys() & other.keys():
+            mean, spread = (torch.lerp(a, b, share) for a, b in zip(one[name], other[name], strict=True))
+            moved = relative(values[name], *self.features.own[name, clip.id]) * spread.nan_to_num(posinf=0.0) + mean
+            values[name] = moved.float()
+        return values
+
     def _augmented(self, clip: Clip, rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
         """The clip and its values, with what AUGMENTATIONS its draws bring.
 
@@ -388,6 +411,8 @@ class ClipData:
         """
         frame = rng.random() if self._draws("frame", rng) else None
         values = self.features(clip, frame)
+        if self.swap and rng.random() < self.swap:
+            values = self._swapped(clip, values, rng)
         if self._draws("noise", rng):
             noise = torch.Generator().manual_seed(rng.getrandbits(63))
             tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
@@ -502,7 +527,8 @@ def check(cfg: DataConfig) -> None:
         raise UserError(f"--data.question {cfg.question}: does not offer {names} of --data.labels")
     if cfg.augmentations and not cfg.enable_augmentation:
         raise UserError("--data.augmentations: needs --data.enable-augmentation")
-    for name, p in {"augmentation-prob": cfg.augmentation_prob, **cfg.augmentations}.items():
+    probabilities = {"augmentation-prob": cfg.augmentation_prob, "speaker-swap": cfg.speaker_swap}
+    for name, p in {**probabilities, **cfg.augmentations}.items():
         if not 0 <= p <= 1:
             name = f"augmentations {name}" if name in cfg.augmentations else name
             raise UserError(f"--data.{name}: {p:g} is no probability")

@@ -289,23 +289,23 @@ def standardize_speakers(part: Ragged, clips: Sequence[Clip]) -> None:
         part.values[rows] = relative(frames, *speaker_statistics(speaker, frames))
 
 
-def by_speaker(clips: Sequence[Clip]) -> dict[str, list[int]]:
+def by_speaker(clips: Sequence[Clip], option: str = "--speaker-norm") -> dict[str, list[int]]:
     """Where the clips of each speaker are; UserError for a clip that names none."""
     whose: dict[str, list[int]] = {}
     for i, clip in enumerate(clips):
         if clip.speaker is None:
-            raise UserError(f"--speaker-norm: clip '{clip.id}' names no speaker")
+            raise UserError(f"{option}: clip '{clip.id}' names no speaker")
         whose.setdefault(clip.speaker, []).append(i)
     return whose
 
 
-def speaker_statistics(speaker: str, frames: Tensor) -> tuple[Tensor, Tensor]:
+def speaker_statistics(speaker: str, frames: Tensor, option: str = "--speaker-norm") -> tuple[Tensor, Tensor]:
     """Mean and deviation (D,), float64, of the finite values of a speaker's frames (n, D); one frame is a UserError.
 
     The deviation of a column that does not vary is infinite, so that its relative value is 0.
     """
     if len(frames) == 1:
-        raise UserError(f"--speaker-norm: speaker {speaker} has one vector, which cannot be compared with others")
+        raise UserError(f"{option}: speaker {speaker} has one vector, which cannot be compared with others")
     frames = frames.double()
     finite = frames.isfinite()
     n = finite.sum(0).clamp_min(1)

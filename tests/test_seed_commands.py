@@ -140,7 +140,7 @@ FLAGS = {
         data.prompt_layout, data.chat_template, data.frame, data.streams, data.curriculum, data.curriculum_epochs,
         data.curriculum_share, data.replay, data.replay_ratio, data.replay_tasks, data.enable_augmentation,
         data.augmentation_prob, data.augmentations, data.shuffle_labels, data.max_bad,
-        data.speaker_norm --speaker-norm,
+        data.speaker_norm --speaker-norm, data.speaker_swap,
         optim.lr --lr, optim.min_lr --min-lr, optim.warmup_lr --warmup-lr, optim.warmup_steps --warmup-steps,
         optim.schedule --schedule, optim.lr_stages, optim.weight_decay --weight-decay, optim.beta2,
         optim.grad_clip --grad-clip,

@@ -1,5 +1,6 @@
 """Clips as samples: splits, features that are missing or broken, prompts, and randomness tied to the clip."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -420,6 +421,7 @@ def test_labels_that_training_lacks():
         ({"labels": []}, "--data.labels: none are given"),
         ({"augmentations": {"noise": 0.5}}, "--data.augmentations: needs --data.enable-augmentation"),
         ({"augmentation_prob": 1.5}, "--data.augmentation-prob: 1.5 is no probability"),
+        ({"speaker_swap": -0.5}, "--data.speaker-swap: -0.5 is no probability"),
         ({"enable_augmentation": True, "augmentations": {"noise": -1.0}},
          "--data.augmentations noise: -1 is no probability"),
         ({"curriculum_share": 0.0}, "--data.curriculum-share: 0 is not above 0 and at most 1"),
@@ -618,3 +620,48 @@ def test_clips_that_cannot_be_standardised_by_speaker(root, clip, problem):
     with pytest.raises(UserError) as error:
         dataset(root, clips=[*SPEAKERS[:4], clip, *SPEAKERS[5:]], speaker_norm=True)
     assert str(error.value) == problem
+
+
+def test_training_clips_are_moved_to_other_voices(root):
+    """A swapped feature has the mean and deviation of one place between two speakers, in every stream the same."""
+    settings = {"clips": SPEAKERS, "speaker_swap": 1.0, "task_pool": {"emotion": 1.0}}
+    raw, data = dataset(root), dataset(root, train=True, **settings)
+    x = {}
+    for speaker in "xy":
+        for name in ("face", "voice"):
+            own = [raw.sample(j).values for j, clip in enumerate(SPEAKERS) if clip.speaker == speaker]
+            rows = np.concatenate([v[name].numpy() for v in own if name in v]).astype(np.float64)
+            x[speaker, name] = rows.mean(0), rows.std(0)
+    pairs = set()
+    for epoch in range(40):
+        before, after = raw.sample(0).values, data.sample(0, epoch).values
+        assert torch.equal(before["image"], after["image"])
+        fits = []
+        for one, other in itertools.product("xy", repeat=2):
+            mean, std = (np.stack([x[one, "face"][i], x[other, "face"][i]]) for i in range(2))
+            z = (before["face"][0].numpy() - x["x", "face"][0]) / x["x", "face"][1]
+            a, b = z * std[0] + mean[0], z * std[1] + mean[1]
+            found = after["face"][0].numpy()
+            share = float(((found - a) * (b - a)).sum() / max(((b - a) ** 2).sum(), 1e-12))
+            if -1e-4 <= share <= 1 + 1e-4 and np.allclose(found, a + share * (b - a), atol=1e-4):
+                fits.append((one, other, share))
+        assert fits
+        voices = [a + s * (b - a) for p, q, s in fits for a, b in [[self_to(before, x, v) for v in (p, q)]]]
+        assert any(np.allclose(after["voice"][0].numpy(), voice, atol=1e-4) for voice in voices)
+        pairs.add(round(float(after["face"][0, 0]), 4))
+    assert len(pairs) > 10
+    assert torch.equal(
+        data.sample(0, 3).values["voice"], dataset(root, train=True, **settings).sample(0, 3).values["voice"]
+    )
+    for same in (dataset(root, train=True, speaker_norm=True, **settings), dataset(root, **settings)):
+        norm = dataset(root, clips=SPEAKERS, speaker_norm=same.cfg.speaker_norm)
+        assert torch.equal(same.sample(0).values["face"], norm.sample(0).values["face"])
+    with pytest.raises(UserError) as error:
+        dataset(root, train=True, speaker_swap=0.5)
+    assert str(error.value) == "--data.speaker-swap: clip 'a' names no speaker"
+
+
+def self_to(before, x, speaker):
+    """Clip a's voice as the other speaker would have it."""
+    z = (before["voice"][0].numpy() - x["x", "voice"][0]) / x["x", "voice"][1]
+    return z * x[speaker, "voice"][1] + x[speaker, "voice"][0]

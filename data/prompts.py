@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from common.config import UserError
 
 LAYOUTS = ("train", "original_eval", "question_first", "clean")
-ASKED = ("labels", "nine", "six", "guide")  # what the emotion question offers: see pick_question
+ASKED = ("labels", "nine", "six", "guide", "none")  # what the emotion question offers: see pick_question
 EMOTIONS9 = ("happy", "sad", "neutral", "angry", "worried", "surprise", "fear", "contempt", "doubt")
 EMOTIONS6 = EMOTIONS9[:6]  # the labels of MER2023 and MER2024
 OFFERED = {"nine": EMOTIONS9, "six": EMOTIONS6}
@@ -207,8 +207,10 @@ def pick_question(
     """A question of the task, drawn by rng; the first of its pool without one.
 
     The emotion question offers `labels`, or the published nine or six; "guide" asks the training guide's examples. Its
-    paraphrases are drawn only when asked for.
+    paraphrases are drawn only when asked for. "none" leaves the tag [emotion] alone.
     """
+    if offered == "none" and task == "emotion":
+        return ""
     if offered == "guide":
         pool = QUESTIONS["emotion_guide" if task == "emotion" else "reason_guide"]
     elif task == "emotion":

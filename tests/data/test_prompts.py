@@ -266,6 +266,8 @@ def test_the_emotion_question_offers_what_it_is_told_to():
     for task in ("emotion", "reason"):
         pool = {pick_question(task, rng, offered="guide") for _ in range(100)}
         assert pool == set(QUESTIONS[f"{task}_guide"])
+    assert pick_question("emotion", rng, offered="none", paraphrase=True) == ""
+    assert pick_question("reason", offered="none") == QUESTIONS["reason"][0]
     assert pick_question("reason_v2", offered="guide") == QUESTIONS["reason_guide"][0]
     assert {pick_question("emotion", rng) for _ in range(50)} == {emotion_question(EMOTIONS9)}  # not unless asked for
 

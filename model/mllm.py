@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,24 +96,18 @@ class Batch:
     positions: Tensor  # (T,) restart at every sample
     lengths: list[int]
     slots: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> ((n,) places, (m, rows, width))
+    shared: int = 0  # tokens with which all samples begin: before any slot, and before the last token of a prompt
 
     @property
     def targets(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
-
-    def shared(self) -> int:
-        """With how many tokens all samples begin alike: before any slot, and before the last token of a prompt."""
-        first = torch.cat([at for at, _ in self.slots.values()] + [(self.labels != IGNORE_INDEX).nonzero()[:, 0] - 1])
-        most = min([*self.lengths, *(self.positions[first].tolist())])
-        heads = torch.stack([ids[:most] for ids in self.input_ids.split(self.lengths)])
-        return int((heads == heads[0]).all(0).cumprod(0).sum())
 
     def to(self, device: torch.device) -> "Batch":
         move = {
             f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
         }
         slots = {name: (at.to(device), value.to(device)) for name, (at, value) in self.slots.items()}
-        return Batch(self.ids, lengths=self.lengths, slots=slots, **move)
+        return Batch(self.ids, lengths=self.lengths, slots=slots, shared=self.shared, **move)
 
 
 def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Batch:
@@ -122,6 +117,7 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
     lengths: list[int] = []
     places: dict[str, list[int]] = {}
     values: dict[str, list[Tensor]] = {}
+    heads: list[list[int]] = []
     for sample in samples:
         start = len(input_ids)
         for piece in sample.pieces:
@@ -133,6 +129,8 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
             values.setdefault(piece, []).append(sample.values[piece])
             input_ids += [0] * rows
         prompt = len(input_ids) - start
+        head = takewhile(lambda piece: isinstance(piece, list), sample.pieces)
+        heads.append([token for piece in head if isinstance(piece, list) for token in piece][: prompt - 1])
         answer = sample.answer[: cfg.max_txt_len][: max(cfg.max_len - prompt, 0)] if answers else []
         if prompt > cfg.max_len:
             raise UserError(f"clip {sample.id}: its prompt has {prompt} tokens, --max-len is {cfg.max_len}")
@@ -146,7 +144,14 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
         positions=torch.cat([torch.arange(n) for n in lengths]),
         lengths=lengths,
         slots={name: (torch.tensor(at), torch.stack(values[name])) for name, at in places.items()},
+        shared=alike(heads),
     )
+
+
+def alike(heads: list[list[int]]) -> int:
+    """With how many tokens all begin."""
+    different = (i for i, tokens in enumerate(zip(*heads, strict=False)) if len(set(tokens)) > 1)
+    return next(different, min(map(len, heads)))
 
 
 class Projection(nn.Linear):
@@ -230,7 +235,7 @@ class Mllm(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
         x, positions, labels, attend = self.embed(batch), batch.positions, batch.labels, Packed(batch.lengths)
-        shared = batch.shared()
+        shared = batch.shared
         if 2 * shared * (len(batch.lengths) - 1) > len(positions):  # most of the work is the same beginning
             kept = positions >= shared
             kept[:shared] = True

@@ -159,9 +159,9 @@ def test_a_beginning_that_samples_share_is_computed_once(model, monkeypatch):
         sample("c", [*start, "face", "voice", [8]], [12, 2], seed=5),
         sample("d", [*start], [14, 2], seed=6),
     ]
-    assert pack(samples[:3], SMALL).shared() == 12
-    assert pack(samples, SMALL).shared() == 11  # an answer starts on a token of its own sample
-    assert pack([FULL, POOR], SMALL).shared() == 3
+    assert pack(samples[:3], SMALL).shared == 12
+    assert pack(samples, SMALL).shared == 11  # an answer starts on a token of its own sample
+    assert pack([FULL, POOR], SMALL).shared == 3
     model.llm.eval()
     seen, hidden = [], model.llm.hidden
     monkeypatch.setattr(model.llm, "hidden", lambda x, *rest: seen.append(x.shape[1]) or hidden(x, *rest))

@@ -101,6 +101,16 @@ def test_what_it_names_exists():
     assert [path for path in {*links, *named} - theirs if not (ROOT / path).exists()] == []
 
 
+def test_the_tests_of_the_promises_exist():
+    """`tests/file.py::test`, and `test` alone of the same line's file."""
+    lines = [line for line in LINES if "::" in line]
+    assert len(lines) > 15
+    for line in lines:
+        file, name = re.search(r"`(tests/[\w/]+\.py)::(\w+)`", line).groups()
+        text = (ROOT / file).read_text()
+        assert all(f"def {test}(" in text for test in [name, *re.findall(r"`(test_\w+)`", line)]), line
+
+
 def test_the_tree_is_the_tree():
     tree = next(text for kind, text in FENCED if kind == "" and text.startswith("train_llm.py"))
     rows = {line.split()[0]: line for line in tree.splitlines()}

@@ -57,7 +57,7 @@ def read_manifest(path: str | Path) -> list[Clip]:
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{path}: a manifest is a .csv or .jsonl file")
-    rows = csv_rows(path, ("id", "path")) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
+    rows = csv_rows(path, ("id", "path")) if path.suffix.lower() == ".csv" else jsonl_rows(path)
     clips: dict[str, Clip] = {}
     unknown: dict[str, None] = {}
     for line, row in rows:
@@ -189,7 +189,8 @@ def _check_header(header: list[str], needs: tuple[str, ...], where: str) -> None
         raise UserError(f"{where}: no column {' or '.join(map(repr, needs))} {found}")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def jsonl_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSON Lines file; UserError names file and line."""
     # split("\n"): str.splitlines also breaks at U+2028, which JSON allows inside a string
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():

@@ -1,6 +1,5 @@
 """Evaluations side by side: what eval.py wrote of several models, on the clips all have, with paired intervals."""
 
-import json
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from common import checkpoint
 from common.config import UserError
 from common.weights import read_json
+from data.manifest import jsonl_rows
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 KEYS = ("id", "label", "prediction")  # of a record
@@ -151,7 +151,8 @@ def _read(folder: Path, name: str) -> Evaluation:
     labels = metrics.get("labels")
     if by_label and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise UserError(f"{folder / METRICS}: no list of 'labels'")
-    for where, record in _lines(folder / PREDICTIONS):
+    for number, record in jsonl_rows(folder / PREDICTIONS):
+        where = f"{folder / PREDICTIONS}:{number}"
         for key in KEYS if by_label else KEYS[:1]:
             if not isinstance(record.get(key, ...), str | None if key != "id" else str):
                 raise UserError(f"{where}: no {key!r}" if key not in record else f"{where}: {key!r} is not a text")
@@ -161,24 +162,6 @@ def _read(folder: Path, name: str) -> Evaluation:
     if not records:
         raise UserError(f"{folder / PREDICTIONS}: no predictions")
     return Evaluation(name, folder, _bench(folder, metrics), metrics, records)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a JSON Lines file."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: not a JSON object")
-        yield f"{path}:{number}", record
 
 
 def align(evaluations: list[Evaluation]) -> Comparison:

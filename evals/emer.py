@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from common.config import UserError
 from data.features import replace_file
-from data.manifest import csv_rows, read_text
+from data.manifest import csv_rows, jsonl_rows
 from data.merr import FINE_FIELDS, read_captions
 from evals.judge import QUESTIONS, Judge, Pair, Verdict, summary
 
@@ -47,14 +46,8 @@ def read_answers(path: str | Path, wanted: Sequence[str] = DESCRIPTIONS) -> list
         cells = read_columns(path, wanted)
         return [{"id": name, "answer": text, "task": "reason_v2", "target": ""} for name, text in cells.items()]
     records = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or "answer" not in record:
+    for number, record in jsonl_rows(path):
+        if not isinstance(record.get("id"), str) or "answer" not in record:
             raise UserError(f"{path}:{number}: a record needs an id and an answer")
         records.append({"task": "reason_v2", "target": ""} | record | {"answer": str(record["answer"] or "")})
     if len({record["id"] for record in records}) < len(records):

@@ -556,7 +556,7 @@ def test_mistakes(three, tmp_path, capsys):
     expected = "--compare: no clip is in all of the evaluations (steady 60, h 60 clips)"
     assert re.sub(r"[\w/-]*/(steady|h) ", r"\1 ", line("--compare", three[0], folder)) == expected
     (folder / "predictions.jsonl").unlink()
-    assert line("--compare", folder) == f"{folder / 'predictions.jsonl'}: No such file or directory"
+    assert line("--compare", folder) == f"{folder / 'predictions.jsonl'} not found"
     assert not (tmp_path / "report.html").exists()
     assert error(script, ["--compare", three[0], "--out", empty], capsys) == f"--out {empty}: Is a directory"
     assert list(tmp_path.glob(".tmp*")) == []

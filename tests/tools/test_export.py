@@ -69,7 +69,7 @@ def check(net, again, pick=lambda logits: logits):
 
 
 @pytest.mark.parametrize("form", NETWORKS)
-@pytest.mark.parametrize(("model", "frames"), [("mlp", 1), ("mlp", 6), ("xfuse", 1), ("xfuse", 6), ("xfuse", 12)])
+@pytest.mark.parametrize(("model", "frames"), [("mlp", 1), ("mlp", 6), ("xfuse", 1), ("xfuse", 12)])
 def test_the_file_gives_the_checkpoints_logits(tmp_path, capsys, model, frames, form):
     net = make_run(tmp_path, model, frames=frames)
     run(tmp_path, "--format", form)

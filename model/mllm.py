@@ -1,7 +1,7 @@
 """The multimodal language model: text and projected embeddings in one packed sequence, for training and inference."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common import checkpoint
 from common.config import UserError, from_dict, opt
@@ -22,7 +21,7 @@ from model.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
 PATCH = 14  # pixels: EVA ViT-g's patch
-CHUNK = 4096  # labelled positions whose logits exist at one time
+CHUNK = 512  # labelled positions whose logits exist at one time
 
 
 @dataclass
@@ -243,10 +242,8 @@ class Mllm(nn.Module):
             attend = Branched(shared, [n - shared for n in batch.lengths], x.device)
         hidden = self.llm.hidden(x, attend, positions[None])[0]
         at = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        hidden, labels = hidden.index_select(0, at - 1), labels[at]
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            loss = loss + F.cross_entropy(self.llm.head(h), y, reduction="sum")
+        weights = [p for p in self.llm.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        loss: Any = HeadLoss.apply(self.llm.head, hidden.index_select(0, at - 1), labels[at], *weights)
         # every projection takes part in every step, as DDP and the optimiser's decay expect
         idle = [p for name, module in self.projections.items() if name not in batch.slots for p in module.parameters()]
         return loss + sum((p.sum() * 0.0 for p in idle), torch.zeros((), device=loss.device))
@@ -276,6 +273,40 @@ class Mllm(nn.Module):
         if not self.cfg.normalize:
             return {}
         return {name: module.get_buffer("mean").cpu() for name, module in self.projections.items()}
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross entropy of head(hidden) in nats, whose gradients are computed with it.
+
+    The logits of CHUNK rows exist at a time, once: they become the probabilities, and these the gradient, in place.
+    """
+
+    @staticmethod
+    def forward(ctx, head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *weights: Tensor):  # pyright: ignore
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(x) for x in (hidden, *weights)] if any(ctx.needs_input_grad) else []
+        for i in range(0, len(hidden), CHUNK):
+            h, y = hidden[i : i + CHUNK].detach(), labels[i : i + CHUNK, None]
+            with torch.set_grad_enabled(bool(gradients)):
+                logits = head(h.requires_grad_(bool(gradients)))
+            p = logits.detach()
+            own, top = p.gather(1, y), p.amax(1, keepdim=True)
+            torch.softmax(p, 1, out=p)
+            # the likeliest token's probability is at least 1 / V, the label's may be too small for a float
+            loss += (top - p.amax(1, keepdim=True).log() - own).sum()
+            if gradients:
+                p.scatter_add_(1, y, torch.full_like(own, -1.0))
+                found = torch.autograd.grad(logits, (h, *weights), p)
+                gradients[0][i : i + CHUNK] = found[0]
+                for gradient, new in zip(gradients[1:], found[1:], strict=True):
+                    gradient += new
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):  # pyright: ignore
+        hidden, *weights = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, hidden, None, *weights
 
 
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import checkpoint, config
 from common.config import UserError
@@ -15,7 +16,8 @@ from data.manifest import Clip
 from data.prompts import QUESTIONS
 from model import mllm
 from model.llm import Llama, LlamaConfig
-from model.mllm import IGNORE_INDEX, Mllm, MllmConfig, Projection, pack
+from model.lora import add_lora
+from model.mllm import IGNORE_INDEX, HeadLoss, Mllm, MllmConfig, Projection, pack
 from model.tokenizer import Tokenizer
 
 # 16 patches of width 3, four of them a token
@@ -142,6 +144,29 @@ def test_the_loss_sums_over_the_answers_of_each_sample(model, monkeypatch):
     torch.testing.assert_close(model(batch).double(), total, atol=1e-4, rtol=1e-6)
     monkeypatch.setattr(mllm, "CHUNK", 2)  # 5 labels in three pieces
     torch.testing.assert_close(model(batch).double(), total, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained", "adapted"])
+def test_gradients_of_the_heads_loss_are_cross_entropys(kind, monkeypatch):
+    monkeypatch.setattr(mllm, "CHUNK", 3)
+    torch.manual_seed(0)
+    llm = Llama(SHAPE).requires_grad_(kind == "trained")
+    if kind == "adapted":
+        add_lora(llm, ["lm_head"], r=2, alpha=4)
+        torch.nn.init.normal_(llm.lm_head.lora_B.weight)
+    weights = [p for p in llm.lm_head.parameters() if p.requires_grad]
+    hidden = torch.randn(8, 16, requires_grad=True)
+    hidden.data[4] *= 3000  # the label's probability is no float
+    labels = torch.randint(0, SHAPE.vocab_size, (8,))
+    loss = HeadLoss.apply(llm.head, hidden, labels, *weights)
+    wanted = F.cross_entropy(llm.head(hidden), labels, reduction="sum")
+    torch.testing.assert_close(loss, wanted)
+    assert loss > 100
+    with torch.no_grad():
+        torch.testing.assert_close(HeadLoss.apply(llm.head, hidden, labels), wanted)
+    found = torch.autograd.grad(loss / 7, (hidden, *weights))
+    for gradient, right in zip(found, torch.autograd.grad(wanted / 7, (hidden, *weights)), strict=True):
+        torch.testing.assert_close(gradient, right)
 
 
 def test_a_sample_is_blind_to_its_neighbours(model):

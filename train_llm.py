@@ -108,6 +108,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
         dist.connect(here)
         cfg = dist.main_first(here, partial(prepare_fast, cfg))
+    if here.device.type == "cpu":
+        dist.keep_memory()
     if cfg.dry_run:
         return dry_run(cfg, say)
     cfg, start = resume_or_start(cfg, "llm", say)

@@ -1,5 +1,7 @@
 """Processes: ranks and device from torchrun's environment, seeds, small collectives, a stop that all ranks agree on."""
 
+import contextlib
+import ctypes
 import datetime
 import os
 import random
@@ -80,6 +82,17 @@ def seed_all(seed: int, step: int = 0, rank: int = 0) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+def keep_memory() -> None:
+    """Keeps what tensors on a CPU free, for the next step's: fresh pages cost 5 to 7 % of a training step.
+
+    glibc's mallopt(3): no block is a mapping of its own, and the heap is not trimmed. Elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def all_sum(*values: float, device: torch.device | None = None) -> list[float]:

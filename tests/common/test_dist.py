@@ -1,7 +1,10 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import torch.distributed as td
 
 from common import dist
 from common.config import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_plain_run_is_one_process_on_the_cpu(monkeypatch):
@@ -61,6 +66,27 @@ def test_devices_that_are_not_here(monkeypatch):
 
 def draw():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_freed_memory_is_used_again_without_fresh_pages():
+    code = """
+import resource, torch
+from common import dist
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**24)  # 64 MiB: more than glibc ever takes from its heap by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+dist.keep_memory()
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    before, after = map(int, done.stdout.split())
+    if before < 1000:
+        pytest.skip("pages come in large pieces here")
+    assert after < before / 10
 
 
 def test_seeds_are_a_function_of_seed_step_and_rank():

@@ -159,29 +159,30 @@ def load_strict(
     device: torch.device | str = "cpu",
     ignore: tuple[str, ...] = (),
     then: Callable[[str], None] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> str:
     """Give `module` (may be on meta) a folder's tensors, one at a time, straight to dtype and device.
 
     Names ending in one of `ignore` are left out on both sides; a missing, unexpected or misshapen one is a UserError.
-    `then` is called with the name of each tensor that has found its place. Returns the coverage ("291/291 tensors, 32
-    not used").
+    `then` is called with the name of each tensor that has found its place; `rename` gives the module's name for a
+    file's. Returns the coverage ("291/291 tensors, 32 not used").
     """
-    given = tensor_files(folder)
-    files = {name: file for name, file in given.items() if not name.endswith(ignore)}
+    given = {rename(name): (name, file) for name, file in tensor_files(folder).items()}
+    found = {ours: place for ours, place in given.items() if not ours.endswith(ignore)}
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
-    check_names(folder, wanted, files)
-    shards = {file: _open(file) for file in sorted(set(files.values()))}
-    shapes = {name: tuple(shards[file].get_slice(name).get_shape()) for name, file in files.items()}
+    check_names(folder, wanted, found)
+    shards = {file: _open(file) for file in sorted({file for _, file in found.values()})}
+    shapes = {ours: tuple(shards[file].get_slice(name).get_shape()) for ours, (name, file) in found.items()}
     check_shapes(folder, wanted, shapes)
     for file in list(shards):
         shard = shards.pop(file)  # unmapped when done, so the host holds one shard at most
-        for name in (name for name in wanted if files[name] == file):
+        for ours, name in ((ours, found[ours][0]) for ours in wanted if found[ours][1] == file):
             tensor = shard.get_tensor(name)
-            _assign(module, name, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
+            _assign(module, ours, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
             if then is not None:
-                then(name)
-    unused = f", {len(given) - len(files)} not used" if len(given) > len(files) else ""
-    return f"{len(files)}/{len(wanted)} tensors{unused}"
+                then(ours)
+    unused = f", {len(given) - len(found)} not used" if len(given) > len(found) else ""
+    return f"{len(found)}/{len(wanted)} tensors{unused}"
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

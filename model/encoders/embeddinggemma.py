@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from common.config import UserError
-from common.weights import find_weights, load_strict, read_json, tensor_files
+from common.weights import find_weights, load_strict, read_json
 from model.encoders import Encoder, portable, sha256
 from model.llm import rope, rotate
 
@@ -193,8 +193,7 @@ class Gemma(nn.Module):
         config.dense_size = _dense_size(folder, config)
         with torch.device("meta"):
             gemma = cls(config)
-        prefixed = any(name.startswith("model.") for name in tensor_files(folder))
-        load_strict(nn.ModuleDict({"model": gemma.body}) if prefixed else gemma.body, folder, torch.float32)
+        load_strict(gemma.body, folder, torch.float32, rename=lambda name: name.removeprefix("model."))
         for part, dense in zip(DENSE, gemma.dense, strict=True):
             load_strict(dense, folder / part, torch.float32)
         return gemma

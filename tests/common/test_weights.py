@@ -76,6 +76,18 @@ def test_load_strict_from_shards_to_dtype_and_off_meta(tmp_path):
     assert not linear.weight.requires_grad
 
 
+def test_load_strict_under_other_names(tmp_path):
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    save_file({"net.w": weight, "net.bias": bias, "net.head": torch.ones(2)}, tmp_path / "model.safetensors")
+    linear, found = nn.Linear(2, 3), []
+    names = {"net.w": "weight", "net.bias": "bias"}
+    covered = load_strict(linear, tmp_path, None, "cpu", ("head",), found.append, lambda name: names.get(name, name))
+    assert covered == "2/2 tensors, 1 not used"
+    assert found == ["weight", "bias"]
+    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.bias, bias)
+
+
 def test_load_strict_keeps_integer_buffers(tmp_path):
     norm = nn.BatchNorm1d(2)
     norm.num_batches_tracked.fill_(2**40 + 1)

@@ -372,7 +372,7 @@ class Compressor(nn.Module):
         return compressor
 
     def forward(self, histories: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Token ids of histories -> (number of <MEM>, width) of each, none for one without."""
+        """Token ids of histories -> (number of <MEM>, width) of each, none for one without; see data/history.py."""
         weight, known = self.memory_projection.weight, self.mamba.config.vocab_size
         marks = [[i for i, token in enumerate(ids) if token == self.mem_id] for ids in histories]
         # nothing looks ahead, so what follows a last mark need not be read

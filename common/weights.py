@@ -75,19 +75,23 @@ def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
     return {name: file for file in files for name in _open(file).keys()}
 
 
-def model_files(folder: str | os.PathLike) -> list[Path]:
-    """The files of a sharded or a single-file folder: its safetensors, or PyTorch's where it has none."""
+def model_files(folder: str | os.PathLike, wanted: Callable[[str], Any] | None = None) -> list[Path]:
+    """The files of a sharded or a single-file folder: its safetensors, or PyTorch's where it has none.
+
+    Of a sharded one only those with a tensor whose name is `wanted`.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        files = _model_files(Path(folder), single)
+        files = _model_files(Path(folder), single, wanted)
         if files is not None:
             return files
     raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin, nor an index of either")
 
 
-def _model_files(folder: Path, single: str) -> list[Path] | None:
+def _model_files(folder: Path, single: str, wanted: Callable[[str], Any] | None = None) -> list[Path] | None:
     index = folder / f"{single}.index.json"
     if index.is_file():
-        files = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+        names = read_json(index)["weight_map"].items()
+        files = sorted({folder / file for name, file in names if wanted is None or wanted(name)})
     elif (folder / single).is_file():
         files = [folder / single]
     else:

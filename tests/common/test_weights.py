@@ -8,7 +8,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.config import UserError
-from common.weights import find_weights, full_sha256, identity, load_strict, read_folder, read_tensors, tensor_files
+from common.weights import (
+    find_weights,
+    full_sha256,
+    identity,
+    load_strict,
+    model_files,
+    read_folder,
+    read_tensors,
+    tensor_files,
+)
 
 
 @pytest.fixture
@@ -151,6 +160,19 @@ def test_tensor_files_errors(tmp_path):
     index.write_text("{")
     with pytest.raises(UserError, match=r"index.json: not JSON"):
         tensor_files(tmp_path)
+
+
+def test_model_files_of_wanted_names(tmp_path):
+    """Of those that the index names; a file that is not wanted may be missing."""
+    index = {"weight_map": {"a.w": "1.bin", "a.v": "2.bin", "b.w": "2.bin", "c.w": "3.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for name in ("1.bin", "2.bin"):
+        torch.save({}, tmp_path / name)
+    assert model_files(tmp_path, lambda name: name.startswith("b.")) == [tmp_path / "2.bin"]
+    assert model_files(tmp_path, lambda name: "w" in name and name < "c") == [tmp_path / "1.bin", tmp_path / "2.bin"]
+    assert model_files(tmp_path, lambda name: False) == []
+    with pytest.raises(UserError, match=r"3.bin: missing, but pytorch_model.bin.index.json names it"):
+        model_files(tmp_path)
 
 
 def test_read_tensors_of_any_kind_of_file(tmp_path):

@@ -18,7 +18,7 @@ ALLOWED["bench"] = ALLOWED["scripts"] | SCRIPTS  # it measures the very loops th
 LOCAL = {"common", "model", "data", "evals", "bench", "tools", "tests"} | SCRIPTS
 SLOW = {"av", "matplotlib", "tokenizers", "torchaudio", "torchvision", "torch._dynamo", "torch.distributed.tensor",
         "torch.utils.tensorboard", "tensorboard"}  # fmt: skip
-REFERENCES = {"transformers", "peft", "sklearn", "pandas", "scipy"}
+REFERENCES = {"transformers", "peft", "sklearn", "timm", "pandas", "scipy"}
 FOLDERS = ("common", "model", "data", "evals", "bench", "tools")
 CODE = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

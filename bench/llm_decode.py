@@ -125,8 +125,6 @@ class Decoder:
         torch.set_num_threads(job.threads)
         self.job, self.device, self.half = job, job.device, job.size == "7b"
         self.llm: Any = self.build()
-        for p in self.llm.parameters():
-            p.sum()  # a weight may lie in a file until it is read
         self.built = memory("VmRSS")
 
     def build(self) -> Any:
@@ -141,7 +139,7 @@ class Decoder:
         raise NotImplementedError  # each variant its own
 
     def turn(self, method: str, *args: Any) -> Turn:
-        """What `method` takes, and what it answers."""
+        """What `method` takes, and what it answers; the share counts as if it were a generation."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -211,10 +211,7 @@ class Mllm(nn.Module):
             raise UserError(f"--quant {cfg.quant} is for a frozen base; --full trains all of it")
         self.cfg = cfg
         self.llm = llm.requires_grad_(cfg.full)
-        if cfg.full:
-            for p in llm.parameters():
-                p.data = p.data.contiguous()  # fused AdamW walks a weight and its state side by side
-        else:
+        if not cfg.full:
             add_lora(llm, cfg.lora_targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
         llm.grad_checkpoint = cfg.grad_checkpoint
         hidden = llm.config.hidden_size

@@ -173,21 +173,6 @@ def test_gradient_checkpointing_recomputes_every_layer_to_the_same_gradients():
         torch.testing.assert_close(recomputed, plain, atol=0, rtol=0)
 
 
-def test_wide_matrices_lie_column_by_column_on_a_cpu_and_rows_in_a_file(tmp_path):
-    llm = small()
-    llm.save_pretrained(tmp_path / "once")
-    loaded = Llama.from_pretrained(tmp_path / "once")
-    wide = {name for name, p in loaded.named_parameters() if not p.is_contiguous()}
-    kinds = {".".join(name.split(".")[-2:]) for name in wide}
-    assert kinds == {"gate_proj.weight", "up_proj.weight", "lm_head.weight"}
-    ids = torch.randint(0, 97, (2, 9))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids), llm(ids), atol=1e-5, rtol=0)
-    loaded.save_pretrained(tmp_path / "twice")
-    files = (tmp_path / name / "model.safetensors" for name in ("once", "twice"))
-    assert len({file.read_bytes() for file in files}) == 1
-
-
 def test_dtype_and_stray_buffers_on_load(tmp_path):
     llm = small(tie_word_embeddings=True)
     llm.save_pretrained(tmp_path)

@@ -19,6 +19,7 @@ from common.weights import find_weights, load_strict, read_json
 from model.quant import quantize
 
 SHARD = 5 * 10**9  # bytes of weights in one file, as the Hub's own models have them
+FEW = 64  # rows of a product that Linear lays out for a CPU
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -149,6 +150,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class Linear(nn.Linear):
+    """A linear whose products of a few rows are up to 2.5 times faster on a CPU; decoding has no others.
+
+    oneMKL is fastest on them with the weight on the left. Its product with a single row takes one thread: two halves of
+    the weight take two.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled()
+        if plain or rows > FEW or (rows == 1 and self.out_features % 2):
+            return super().forward(x)
+        x, shape = x.reshape(rows, -1), x.shape[:-1]
+        if rows == 1:
+            halves = self.weight.view(2, -1, self.in_features)
+            y = torch.bmm(halves, x.T.expand(2, -1, -1)).view(1, -1)
+        else:
+            y = (self.weight @ x.T).T
+        return (y if self.bias is None else y + self.bias).reshape(*shape, -1)
+
+
 class Attention(nn.Module):
     """Projections and rotary positions around an attention strategy."""
 
@@ -156,10 +178,10 @@ class Attention(nn.Module):
         super().__init__()
         dim, bias = config.hidden_size, config.attention_bias
         self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(dim, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, dim, bias=False)
+        self.q_proj = Linear(dim, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -174,9 +196,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -216,7 +238,7 @@ class Llama(nn.Module):
         self.coverage = ""  # of the files it was loaded from
         self.grad_checkpoint = False  # recompute each layer in the backward pass
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":  # shapes only; the weights come from a file
             self.apply(_init)
         self._tie()
@@ -303,11 +325,6 @@ class Llama(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """States (..., D) -> fp32 logits (..., V)."""
-        few = h.device.type == "cpu" and 1 < h.shape[:-1].numel() <= 64 and not torch.is_grad_enabled()
-        if few and type(self.lm_head) is nn.Linear:
-            # oneMKL is up to 4x faster on this shape with the tall matrix on the left
-            logits = self.lm_head.weight @ h.flatten(0, -2).T  # (V, rows)
-            return logits.T.float().reshape(*h.shape[:-1], -1)
         return self.lm_head(h).float()
 
     def forward(

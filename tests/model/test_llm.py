@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.config import UserError
-from model.llm import Causal, Llama, LlamaConfig, Packed
+from model.llm import Causal, Linear, Llama, LlamaConfig, Packed
 
 SMALL = {
     "vocab_size": 97,
@@ -149,12 +149,23 @@ def test_varlen_on_a_gpu():
     torch.testing.assert_close(Packed([20, 30])(0, q, k, v).float(), wanted, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 64, 65])
-def test_head_is_the_same_linear_for_any_number_of_rows(rows):
-    llm, h = small(), torch.randn(1, rows, 32)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (1, 2), (8, 1), (64,), (65,)])
+@pytest.mark.parametrize("out", [96, 97])
+def test_a_linear_is_the_same_for_any_number_of_rows(rows, out, bias):
+    torch.manual_seed(0)
+    linear, x = Linear(32, out, bias), torch.randn(*rows, 32)
+    wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None).float()
+    torch.testing.assert_close(linear(x), wanted, atol=1e-6, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(llm.head(h), h @ llm.lm_head.weight.T, atol=1e-6, rtol=0)
-        assert llm.bfloat16().head(h.bfloat16()).dtype == torch.float32
+        torch.testing.assert_close(linear(x), wanted, atol=1e-6, rtol=0)
+        assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_logits_are_float32_whatever_the_weights_are():
+    llm = small().bfloat16()
+    with torch.no_grad():
+        assert llm.head(torch.randn(1, 2, 32).bfloat16()).dtype == torch.float32
 
 
 def test_gradient_checkpointing_recomputes_every_layer_to_the_same_gradients():

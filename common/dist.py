@@ -87,7 +87,7 @@ def seed_all(seed: int, step: int = 0, rank: int = 0) -> None:
 def keep_memory() -> None:
     """Keeps what tensors on a CPU free, for the next step's: fresh pages cost 5 to 7 % of a training step.
 
-    glibc's mallopt(3): no block is a mapping of its own, and the heap is not trimmed. Elsewhere nothing happens.
+    glibc's mallopt(3): no block is a mapping of its own and the heap is never trimmed. Elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.optim import AdamW
+
 KINDS = ("apart", "decayed", "plain")
 
 
@@ -57,7 +59,7 @@ class Flat:
             kind = name.rpartition("_")[0]
             own = {"eps": eps, "share": share} if kind == "apart" else {"share": 1.0}
             groups.append({"params": [part], "weight_decay": decays[kind]} | own)
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return AdamW(groups, lr=lr, fused=True)
 
     def clip(self, most: float) -> Tensor:
         """Gradient norm of each seed (K,), after which gradients are scaled down to `most` (0: left alone)."""

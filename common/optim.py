@@ -1,12 +1,22 @@
 """One optimiser for all scripts: AdamW with two decay groups, a learning rate from the step alone, clipping."""
 
+import inspect
 import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils import checkpoint
 
 from common.config import UserError, opt
+
+LAZY = (
+    Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict,
+    checkpoint.checkpoint, checkpoint._run_fn_with_dynamo_disabled,
+)  # fmt: skip
 
 SCHEDULES = ("linear_warmup_cosine", "constant", "linear")
 
@@ -56,7 +66,20 @@ def stages(cfg: OptimConfig) -> list[tuple[int, float]]:
     return sorted(found)
 
 
-def build(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's own, without what imports torch._dynamo, for a second, into programs that compile nothing."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if "torch._dynamo" not in sys.modules:
+            for function in LAZY:
+                # it would import it at its first call, to be wrapped by it; the plain function stands for the wrapped
+                inspect.unwrap(function).__dict__["__dynamo_disable"] = inspect.unwrap(function)
+        super().__init__(*args, **options)
+
+
+def build(module: nn.Module, cfg: OptimConfig) -> AdamW:
     """Fused AdamW over what trains in `module`; vectors, biases and norms are not decayed."""
     decay, plain = [], []
     for name, parameter in module.named_parameters():
@@ -65,7 +88,7 @@ def build(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
             (plain if spared else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+    return AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
 
 
 def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:

@@ -1,5 +1,8 @@
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from common import optim
 from common.config import UserError
 from common.optim import OptimConfig, lr_at
 
+ROOT = Path(__file__).parents[2]
 TOTAL = 30_000  # 30 epochs of 1000 steps
 STAGE1 = OptimConfig(lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=1000)
 
@@ -220,3 +224,37 @@ def test_state_in_part_is_refused():
     del tensors["step.scale"]
     with pytest.raises(UserError, match=r"^optimiser state of 'scale' \(exp_avg, exp_avg_sq\) does not fit"):
         optim.load_state_tensors(module, optimizer, tensors)
+
+
+def test_a_training_step_imports_no_compiler():
+    code = """
+import sys, torch
+from common import optim
+from model.llm import Llama, LlamaConfig
+with torch.device("meta"):
+    Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4))
+llm = Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4)).train()
+llm.grad_checkpoint = True
+optimizer = optim.build(llm, optim.OptimConfig())
+llm(torch.arange(4)[None]).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_steps_are_those_of_torchs_own():
+    weights = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = kind([p], lr=0.1, weight_decay=0.3, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            p.square().sum().backward()
+            optimizer.step()
+        weights.append(p.detach())
+    assert torch.equal(weights[0], weights[1])

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig, Features, check, label_gaps, load_replay, load_splits, load_test
 from data.features import StoreWriter, encode_clip
-from data.loader import Order, windows
+from data.loader import Order, by_length, part_of, window, windows
 from data.manifest import Clip
 from data.merr import load_merr
 from data.mock import make_mock
@@ -36,7 +36,7 @@ from data.prompts import emotion_question, segments
 from evals import emotion, sizes, texts
 from evals.emotion import DecodeConfig
 from model.encoders import load as load_encoder
-from model.mllm import Mllm, MllmConfig, build, checkpoint_files, load_visual, pack
+from model.mllm import Batch, Mllm, MllmConfig, build, checkpoint_files, load_visual, pack
 from model.published import load_published
 from model.tokenizer import Tokenizer
 from model.toy import make_toy_llm
@@ -68,6 +68,10 @@ class Config:
     iters_per_epoch: int = opt(0, "optimiser steps an epoch; 0: one pass over the data", "--iters-per-epoch")
     batch_size: int = opt(1, "clips a process and micro-batch", "--batch-size", span=(1, 2))
     accum: int = opt(1, "micro-batches an optimiser step", "--accum")
+    tokens_per_batch: int = opt(
+        0, "most tokens of a micro-batch: a step takes the same clips, dealt by length to processes and as many "
+        "micro-batches as that takes; 0: by number", "--tokens-per-batch",
+    )  # fmt: skip
     precision: str = opt("bf16", "arithmetic; fp32 on a CPU", "--precision", choices=("fp32", "bf16", "fp16"))
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     seed: int = opt(42, "seed of everything random", "--seed")
@@ -154,8 +158,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         ddp = DDP(mllm, device_ids=ids, broadcast_buffers=False)
     total = cfg.epochs * iters
     trained = sum(p.numel() for p in mllm.parameters() if p.requires_grad)
-    say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}; {iters} steps an "
-        f"epoch, {total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
+    cut = f", dealt by length, a micro-batch up to {cfg.tokens_per_batch} tokens" if cfg.tokens_per_batch else ""
+    say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}{cut}; {iters} steps "
+        f"an epoch, {total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
     facts = {
         "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": cfg.data.labels,
         "features": features.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
@@ -180,9 +185,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     meter = Meter()
     bar = log.bar(total, progress.step, "train")
     steps = range(progress.step, progress.step if progress.ended(cfg, total) else total)
-    for micro_batches in meter.waiting(
-        windows(parts, order, steps, cfg.batch_size, cfg.accum, here.rank, here.world, cfg.num_workers)
-    ):
+    for micro_batches in meter.waiting(windows(parts, map(dealt(cfg, parts, order, here), steps), cfg.num_workers)):
         batches = [pack(samples, cfg.model).to(here.device) for samples in micro_batches]
         if stop.orphaned():
             raise SystemExit("torchrun is gone: this rank stops")
@@ -192,7 +195,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         dist.seed_all(cfg.seed, progress.step, here.rank)
         loss_sum = 0.0
         for i, batch in enumerate(batches):
-            with nullcontext() if i == len(batches) - 1 or here.world == 1 else ddp.no_sync():
+            last = i == len(batches) - 1 or here.world == 1
+            with answering_oom(batch, here.device), nullcontext() if last else ddp.no_sync():
                 with amp():
                     loss = ddp(batch)
                 # DDP averages over ranks, the loss is a mean over the answer tokens of the whole step
@@ -274,8 +278,9 @@ def together(*attempts: Callable) -> list:
 
 def check_choice(cfg: Config) -> None:
     """UserError where the run cannot choose a checkpoint, or stop, as it is asked to."""
-    if cfg.patience < 0:
-        raise UserError(f"--patience: {cfg.patience} is negative")
+    for flag, value in (("--patience", cfg.patience), ("--tokens-per-batch", cfg.tokens_per_batch)):
+        if value < 0:
+            raise UserError(f"{flag}: {value} is negative")
     if cfg.keep_best < 1:
         raise UserError(f"--keep-best: {cfg.keep_best} is below 1")
     if cfg.patience and not cfg.evaluate:
@@ -347,6 +352,34 @@ def plan(cfg: Config, parts: list[ClipData], per_step: int, say: Callable[[str],
     say(f"curriculum {cfg.data.curriculum}: {order.pool(0)} of {size} clips at first, all after "
         f"{cfg.data.curriculum_epochs} epochs; {kind}: from {easy} to {hard}")  # fmt: skip
     return order, iters
+
+
+def dealt(cfg: Config, parts: list[ClipData], order: Order, here: dist.Ranks) -> Callable[[int], list]:
+    """Step -> (pass, index) of this rank's micro-batches in it."""
+    ranks = {"rank": here.rank, "world": here.world}
+    if not cfg.tokens_per_batch:
+        return partial(window, order=order, batch=cfg.batch_size, accum=cfg.accum, **ranks)
+
+    def length(epoch: int, index: int) -> int:
+        part, index = part_of(parts, index)
+        return part.tokens(index, epoch, cfg.model.places)
+
+    per_step = cfg.batch_size * here.world * cfg.accum
+    return partial(by_length, order=order, length=length, per_step=per_step, most=cfg.tokens_per_batch, **ranks)
+
+
+@contextmanager
+def answering_oom(batch: Batch, device: torch.device) -> Iterator[None]:
+    """A UserError that says how large the batch was, and what makes it smaller, where memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
+        raise UserError(
+            f"out of memory with {len(batch.ids)} clips of {sum(batch.lengths):,} tokens, at a peak of {peak:.1f} GiB: "
+            "lower --batch-size and raise --accum, or --tokens-per-batch; --grad-checkpoint, --quant and --image-size "
+            "save memory too"
+        ) from None
 
 
 def begin(

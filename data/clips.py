@@ -204,13 +204,17 @@ class Features:
                 values[name] = value if own is None else relative(value, *own)
         return {name: value for name, value in values.items() if name in self.keep}
 
-    def streams(self, clip: Clip) -> set[str]:
-        """What the clip has of the streams in use: "visual", and names of features."""
+    def slots(self, clip: Clip) -> list[str]:
+        """The slots that the clip has a value for, as far as is known without reading it."""
         known = [name for name, store in self.stores.items() if clip.id in store]
         known += [name for name in self.online if clip.path is not None]
         known = [name for name in known if (name, clip.id) not in self.broken]
         slots = [slot for name in known for slot in (VISUAL if name == self.visual else (name,))]
-        return {_stream(slot) for slot in slots if slot in self.keep}
+        return [slot for slot in slots if slot in self.keep]
+
+    def streams(self, clip: Clip) -> set[str]:
+        """What the clip has of the streams in use: "visual", and names of features."""
+        return {_stream(slot) for slot in self.slots(clip)}
 
     def _read(self, name: str, clip: Clip, frame: float | None = None) -> Tensor | None:
         """One stream of a clip; None, and noted in `broken`, when it is unreadable, misshapen or not finite."""
@@ -378,6 +382,24 @@ class ClipData:
 
     def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> Sample:
         """Clip `index` as a sample; training draws task, question, augmentation; evaluation asks the first question."""
+        clip, rng, asked = self._asked(index, epoch, task, question)
+        clip, values = (clip, self.features(clip)) if rng is None else self._augmented(clip, rng)
+        return self._made(clip, values, *asked)
+
+    def tokens(self, index: int, epoch: int, places: Callable[[str], int]) -> int:
+        """Positions that sample() takes, whose slots take `places`, where augmentation leaves no stream out.
+
+        Nothing is read for it.
+        """
+        clip, _, asked = self._asked(index, epoch)
+        sample = self._made(clip, dict.fromkeys(self.features.slots(clip), torch.empty(0)), *asked)
+        prompt = (places(piece) if isinstance(piece, str) else len(piece) for piece in sample.pieces)
+        return sum(prompt) + len(sample.answer)
+
+    def _asked(
+        self, index: int, epoch: int, task: str | None = None, question: str | None = None
+    ) -> tuple[Clip, random.Random | None, tuple[str, str, str | None]]:
+        """A clip under the label that is trained, what else draws for it, and its task, question and target."""
         clip = self.clips[index]
         rng = random.Random(f"{self.seed}/{epoch}/{clip.id}") if self.train else None
         task = task or (prompts.choose(self._tasks(clip), rng) if rng is not None else "emotion")
@@ -387,8 +409,9 @@ class ClipData:
         label = self.labels[index]
         raw = label if task == "emotion" else clip.captions.get(task)
         target = prompts.target(raw, self.cfg.prompt_layout) if raw is not None else None
-        clip, values = (clip, self.features(clip)) if rng is None else self._augmented(clip, rng)
-        clip = replace(clip, label=label)
+        return replace(clip, label=label), rng, (task, question, target)
+
+    def _made(self, clip: Clip, values: dict[str, Tensor], task: str, question: str, target: str | None) -> Sample:
         return make_sample(clip, values, self.cfg, self.encode, task, question, list(self.features.rows), target)
 
     def _draws(self, name: str, rng: random.Random) -> bool:

@@ -2,10 +2,11 @@
 
 from bisect import bisect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from heapq import heapreplace
 
 import numpy as np
 
@@ -76,22 +77,55 @@ def window(step: int, order: Order, batch: int, accum: int, rank: int, world: in
     return [[order(first + j) for j in range(batch)] for first in firsts]
 
 
-def windows(
-    parts: Sequence[ClipData], order: Order, steps: range, batch: int, accum: int, rank: int, world: int, workers: int
-) -> Iterator[list[list[Sample]]]:
-    """Each step's micro-batches of samples; with workers > 0 prepared by threads ahead of their use.
+def deal(lengths: Sequence[int], most: int, world: int) -> list[list[list[int]]]:
+    """A step's samples by rank and micro-batch, which has at most `most` tokens or one sample that is longer.
 
-    The indices of a part follow those of the parts before it.
+    As few micro-batches as that allows, as many on one rank as on another and about equally long: the longest sample
+    that is left goes to what is shortest by then.
     """
+    ranked = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    most = max(most, lengths[ranked[0]])
+    for accum in range(-(-sum(lengths) // (world * most)), len(lengths) // world + 1):
+        piles: list[list[int]] = [[] for _ in range(world * accum)]
+        heap = [(0, n) for n in range(len(piles))]
+        for i in ranked:
+            size, n = heap[0]
+            heapreplace(heap, (size + lengths[i], n))
+            piles[n].append(i)
+        if max(heap)[0] <= most:
+            break
+    return [[sorted(pile) for pile in piles[rank::world]] for rank in range(world)]
+
+
+def by_length(
+    step: int, order: Order, length: Callable[[int, int], int], per_step: int, most: int, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
+    """window() of the same samples, `per_step` on all ranks together, dealt by their length in tokens.
+
+    length(pass, index) is asked for every sample of the step on every rank.
+    """
+    places = [order(step * per_step + n) for n in range(per_step)]
+    return [[places[i] for i in micro] for micro in deal([length(*place) for place in places], most, world)[rank]]
+
+
+def part_of(parts: Sequence[ClipData], index: int) -> tuple[ClipData, int]:
+    """Which part an index belongs to, and its index there; the indices of a part follow those of the parts before."""
+    for part in parts[:-1]:
+        if index < len(part):
+            return part, index
+        index -= len(part)
+    return parts[-1], index
+
+
+def windows(
+    parts: Sequence[ClipData], plan: Iterable[list[list[tuple[int, int]]]], workers: int
+) -> Iterator[list[list[Sample]]]:
+    """The samples of each step's micro-batches of (pass, index); with workers > 0 threads prepare them in advance."""
 
     def sample(epoch: int, index: int) -> Sample:
-        for part in parts[:-1]:
-            if index < len(part):
-                return part.sample(index, epoch)
-            index -= len(part)
-        return parts[-1].sample(index, epoch)
+        part, index = part_of(parts, index)
+        return part.sample(index, epoch)
 
-    plan = (window(step, order, batch, accum, rank, world) for step in steps)
     if workers <= 0:
         for micro_batches in plan:
             yield [[sample(*place) for place in micro] for micro in micro_batches]

@@ -105,7 +105,8 @@ def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: 
     packed = (base - ends) * BITS[cfg.quant] / 8 + 2 * ends if cfg.quant in BITS else 2 * base
     weights = (4 * base if cfg.full else packed) + (12 if cfg.full else 16) * trained
     layer = 2 * (7 * llm.hidden_size + 3 * llm.intermediate_size)
-    kept = 2 * llm.hidden_size * llm.num_hidden_layers + layer if cfg.grad_checkpoint else layer * llm.num_hidden_layers
+    again = cfg.recomputed(llm.num_hidden_layers)
+    kept = 2 * llm.hidden_size * again + layer * max(llm.num_hidden_layers - again, 1)
     total = (weights + tokens * kept + CONTEXT) / 1e9
     line = (
         f"memory, estimated: {weights / 1e9:.1f} GB weights and optimiser + {tokens * kept / 1e9:.1f} GB activations "

@@ -238,7 +238,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.coverage = ""  # of the files it was loaded from
-        self.grad_checkpoint = False  # recompute each layer in the backward pass
+        self.grad_checkpoint = 0  # how many layers, from the first, are computed again in the backward pass
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":  # shapes only; the weights come from a file
@@ -319,9 +319,9 @@ class Llama(nn.Module):
     def hidden(self, x: Tensor, attend: Attend, positions: Tensor) -> Tensor:
         """Embeddings x (B, T, D) at positions (B, T) -> states (B, T, D) after the final norm."""
         cos, sin = rope(positions, self.config.head_dim, self.config.rope_theta)
-        recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            run: Any = partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False) if recompute else layer
+        again = self.grad_checkpoint if self.training and torch.is_grad_enabled() else 0
+        for i, layer in enumerate(self.model.layers):
+            run: Any = partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False) if i < again else layer
             x = run(x, attend, cos, sin)
         return self.model.norm(x)
 

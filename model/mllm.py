@@ -59,10 +59,19 @@ class MllmConfig:
     )  # fmt: skip
     max_len: int = opt(3800, "longest sequence; cut on the right")
     grad_checkpoint: bool = opt(True, "recompute a layer's activations in the backward pass", "--grad-checkpoint")
+    checkpointed_layers: int = opt(
+        0, "with --grad-checkpoint: of so many layers, from the first; 0: of all", "--checkpointed-layers"
+    )
 
     @property
     def patches(self) -> int:
         return (self.image_size // PATCH) ** 2
+
+    def recomputed(self, layers: int) -> int:
+        """How many of so many layers are computed again in the backward pass. UserError: there are not as many."""
+        if not 0 <= self.checkpointed_layers <= layers:
+            raise UserError(f"--checkpointed-layers: {self.checkpointed_layers} of a language model of {layers} layers")
+        return (self.checkpointed_layers or layers) if self.grad_checkpoint else 0
 
     def rows(self) -> dict[str, tuple[int, int]]:
         """Slot -> (rows, width) of its raw value; "image" and "cls" come from the same visual tokens."""
@@ -213,7 +222,7 @@ class Mllm(nn.Module):
         self.llm = llm.requires_grad_(cfg.full)
         if not cfg.full:
             add_lora(llm, cfg.lora_targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
-        llm.grad_checkpoint = cfg.grad_checkpoint
+        llm.grad_checkpoint = cfg.recomputed(llm.config.num_hidden_layers)
         hidden = llm.config.hidden_size
         self.projections = nn.ModuleDict()
         for name, (_, width) in cfg.rows().items():

@@ -372,9 +372,12 @@ def test_batches_ranks_and_accumulation_give_the_same_gradients(merr, ranks, tmp
     assert halves == [first, second]
     assert counts == [first + second]
     assert first != second  # else a mean of means would be right too
+    dealt, uneven = zip(*ranks(2, first_step, [*argv, "--batch-size", 4, "--tokens-per-batch", 100]), strict=True)
+    assert len(uneven[0]) == len(uneven[1]) > 1
+    assert sum(map(sum, uneven)) == first + second
     reference = dense_gradients([*argv, "--batch-size", 8])
     assert max(float(gradient.abs().max()) for gradient in reference) > 0.1
-    for found in (one, accumulated, of_rank, of_other):
+    for found in (one, accumulated, of_rank, of_other, *dealt):
         for gradient, expected in zip(found, reference, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
@@ -587,6 +590,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run(merr, fails, tmp_path):
         "lower --lr, set --grad-clip, or check these clips' features"
     )
     assert newest_step(out) == 1
+
+
+def test_too_little_memory_is_answered(merr, fails, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(multimodal.HeadLoss, "backward", staticmethod(full))
+    line = fails(*merr.argv, "--out", tmp_path / "run", "--batch-size", 4)
+    assert line.startswith("out of memory with 4 clips of ")
+    assert " tokens, at a peak of 0.0 GiB: lower --batch-size and raise --accum, or --tokens-per-batch; " in line
 
 
 def stopped_by_a_mistake(argv, path):
@@ -932,6 +945,7 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
          "--data.curriculum-share: 2 is not above 0 and at most 1; --optim.lr-stages: begins at epoch 3, not at 0"),
         (["--optim.lr-stages", "0=fast"], "--optim.lr-stages: 'fast' is not a float"),
         (["--data.replay", "old.txt"], "annotation_file 'old.txt' not found (looked for {root}/old.txt and old.txt)"),
+        (["--tokens-per-batch", "-1"], "--tokens-per-batch: -1 is negative"),
         (["--data.augmentations", "blur=0.5"],
          "--data.augmentations: 'blur' is not one of question, frame, noise, dropout, streams"),
     ],

@@ -234,7 +234,7 @@ from model.llm import Llama, LlamaConfig
 with torch.device("meta"):
     Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4))
 llm = Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4)).train()
-llm.grad_checkpoint = True
+llm.grad_checkpoint = 1
 optimizer = optim.build(llm, optim.OptimConfig())
 llm(torch.arange(4)[None]).sum().backward()
 optimizer.step()

@@ -257,6 +257,20 @@ def test_a_training_sample_is_a_function_of_seed_pass_and_clip(root):
     assert not all(same(one, other.sample(i, 3)) for i, one in enumerate(first))
 
 
+def test_tokens_are_counted_without_reading(root, monkeypatch):
+    data = dataset(root, train=True, task_pool={"emotion": 1.0, "reason": 1.0})
+    places = {"image": 4, "cls": 1, "face": 1, "voice": 3}
+    samples = {(i, epoch): data.sample(i, epoch) for i in range(6) for epoch in range(5)}
+    monkeypatch.setattr(Features, "__call__", None)
+    lengths = {at: data.tokens(*at, places.__getitem__) for at in samples}
+    for at, sample in samples.items():
+        slots = [places[piece] for piece in sample.pieces if isinstance(piece, str)]
+        assert lengths[at] == sum(len(ids) for ids in sample.pieces if isinstance(ids, list)) + sum(slots) + len(
+            sample.answer
+        )
+    assert len(set(lengths.values())) > 6
+
+
 def test_augmentation_adds_a_tenth_of_noise_and_drops_streams(root):
     data = dataset(root, train=True, enable_augmentation=True, augmentations={"noise": 0.5, "streams": 0.5})
     plain = dataset(root).sample(0)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data.loader import Order, permutation, window, windows
+from data.loader import Order, by_length, deal, permutation, window, windows
 
 
 def flat(micro_batches):
@@ -122,8 +122,7 @@ class Slow:
 @pytest.mark.parametrize("workers", [0, 3])
 def test_reading_ahead_changes_nothing(workers):
     data, plan = Slow(11), [window(step, Order(11, 1), 2, 2, 0, 1) for step in range(9)]
-    assert list(windows([data], Order(11, 1), range(9), 2, 2, 0, 1, workers)) == plan
-    assert list(windows([data], Order(11, 1), range(4, 9), 2, 2, 0, 1, workers)) == plan[4:]  # as after a resume
+    assert list(windows([data], plan, workers)) == plan
     assert (threading.get_ident() in data.threads) == (workers == 0)
 
 
@@ -134,7 +133,7 @@ def test_the_indices_of_a_part_follow_those_before_it(workers):
             return self.size, epoch, index
 
     order = Order(11, 1, replay=3, ratio=0.25)
-    [[taken]] = windows([Named(11), Named(3)], order, range(1), 24, 1, 0, 1, workers)
+    [[taken]] = windows([Named(11), Named(3)], [window(0, order, 24, 1, 0, 1)], workers)
     expected = [(3, epoch, index - 11) if index >= 11 else (11, epoch, index) for epoch, index in map(order, range(24))]
     assert taken == expected
 
@@ -145,4 +144,39 @@ def test_an_error_in_a_worker_reaches_the_loop():
             raise ValueError(f"sample {index}")
 
     with pytest.raises(ValueError, match="sample "):
-        next(windows([Broken(4)], Order(4, 0), range(2), 1, 1, 0, 1, 2))
+        next(windows([Broken(4)], [[[(0, 2)]]], 2))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("most", [40, 60, 200, 10_000])
+def test_micro_batches_keep_to_their_tokens_and_ranks_to_each_other(most, world):
+    lengths = [7, 33, 20, 11, 40, 25, 9, 31, 18, 40, 12, 6]
+    ranks = deal(lengths, most, world)
+    assert sorted(i for micros in ranks for micro in micros for i in micro) == list(range(12))  # each once
+    assert len({len(micros) for micros in ranks}) == 1  # FSDP's and DDP's ranks meet in every one
+    sizes = [sum(lengths[i] for i in micro) for micros in ranks for micro in micros]
+    assert 0 < min(sizes) <= max(sizes) <= most
+    assert max(sizes) - min(sizes) <= max(lengths)
+    count = len(sizes) // world
+    assert count == 1 or sum(lengths) > most * world * (count - 1) * 0.7  # hardly more than it takes
+
+
+def test_a_sample_that_is_too_long_is_alone():
+    assert deal([90, 5, 5, 5, 5], 20, 1) == [[[0], [1, 2, 3, 4]]]
+    assert deal([90, 80, 70], 20, 1) == [[[0], [1], [2]]]
+    assert deal([90, 80], 20, 2) == [[[0]], [[1]]]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_step_dealt_by_length_takes_the_samples_that_it_takes_by_number(step):
+    order, asked = Order(19, 5, replay=4, ratio=0.1), []
+
+    def length(epoch, index):
+        asked.append((epoch, index))
+        return 10 + index
+
+    whole = [order(n) for n in range(8 * step, 8 * step + 8)]
+    ranks = [by_length(step, order, length, 8, 60, rank, 2) for rank in (0, 1)]
+    assert sorted(flat(ranks[0]) + flat(ranks[1])) == sorted(whole)
+    assert asked == whole * 2  # every rank comes to the same plan by itself
+    assert all(sum(10 + index for _, index in micro) <= 60 for micros in ranks for micro in micros)

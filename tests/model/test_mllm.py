@@ -344,3 +344,12 @@ def test_the_evaluation_sequence_of_emotion_llama(llama_vocabulary):
     expected = {"image": list(range(image, image + 256))}
     expected |= {name: [image + 256 + i] for i, name in enumerate((*UTTERANCES, "cls"))}
     assert places(batch) == expected
+
+
+def test_how_many_layers_are_recomputed():
+    layers = SHAPE.num_hidden_layers
+    assert [MllmConfig(checkpointed_layers=n).recomputed(layers) for n in (0, 1)] == [layers, 1]
+    assert MllmConfig(checkpointed_layers=1, grad_checkpoint=False).recomputed(layers) == 0
+    for n in (-1, layers + 1):
+        with pytest.raises(UserError, match=f"^--checkpointed-layers: {n} of a language model of {layers} layers$"):
+            MllmConfig(checkpointed_layers=n).recomputed(layers)

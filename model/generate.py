@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import UserError
-from model.llm import Llama, Packed, document_positions
+from model.llm import Attend, Branched, Llama, Packed, document_positions, worth_sharing
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[list[int]]
 NEVER = -1e9  # the score of a hypothesis that does not exist
@@ -21,28 +21,32 @@ class Cache:
     Prompts are right-aligned: whatever their lengths, all rows write their next token to the same slot, `end`.
     """
 
-    def __init__(self, lengths: list[int], new: int, like: Tensor):
+    def __init__(self, lengths: list[int], new: int, like: Tensor, shared: int = 0):
+        """Prompts of `lengths` with room for `new` tokens each; what `shared` first tokens give is computed once."""
         self.lengths, device = lengths, like.device
         self.prompt = self.end = max(lengths)
         self.slots = self.prompt + new
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.pads = torch.tensor([self.prompt - n for n in lengths], device=device)  # empty slots before each prompt
         row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
-        slot = document_positions(lengths, device)[0] + self.pads[row]
-        self.place = row, slot  # of every packed prompt token
-        self.packed = Packed(lengths)
+        positions = document_positions(lengths, device)[0]
+        self.place = row, positions + self.pads[row]  # of every packed prompt token
+        self.computed = (positions >= shared) | (row == 0)  # of these tokens
+        self.source = torch.where(self.computed, self.computed.cumsum(0) - 1, positions)  # among those computed
+        rests = [n - shared for n in lengths]
+        self.attend: Attend = Branched(shared, rests, device) if shared else Packed(lengths)
         self.mask: Tensor | None = None  # additive, over the slots; None where every slot is visible
         if len(set(lengths)) > 1:
             self.mask = like.new_zeros(len(lengths), 1, 1, self.slots)
             self.mask.masked_fill_(torch.arange(self.slots, device=device) < self.pads[:, None, None, None], -torch.inf)
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention inside the packed prompts, whose keys and values go to their rows."""
+        """Attention inside the prompts, of which those computed are packed; all rows get their keys and values."""
         shape = len(self.lengths), k.shape[1], self.slots, k.shape[3]
         self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
         for cached, new in zip(self.layers[layer], (k, v), strict=True):
-            cached.transpose(1, 2)[self.place] = new[0].transpose(0, 1)  # (T, KV, Dh)
-        return self.packed(layer, q, k, v)
+            cached.transpose(1, 2)[self.place] = new[0].transpose(0, 1)[self.source]  # (T, KV, Dh)
+        return self.attend(layer, q, k, v)
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of n new tokens a row over the cache and themselves; they take the next n slots."""
@@ -74,10 +78,11 @@ class State:
     def __init__(self, llm: Llama, prompts: Prompts, new: int, repetition_penalty: float = 1.0):
         self.llm, self.penalty = llm, repetition_penalty
         x, ids, lengths = _embed(llm, prompts)
-        self.cache = Cache(lengths, new, x)
+        self.cache = Cache(lengths, new, x, beginning(x.split(lengths)))
         self.positions = torch.tensor(lengths, device=x.device)
-        h = llm.hidden(x[None], self.cache.prefill, document_positions(lengths, x.device))
-        self.logits = llm.head(h[0, self.positions.cumsum(0) - 1])  # (B, V)
+        computed, positions = self.cache.computed, document_positions(lengths, x.device)
+        h = llm.hidden(x[None, computed], self.cache.prefill, positions[:, computed])
+        self.logits = llm.head(h[0, self.cache.source[self.positions.cumsum(0) - 1]])  # (B, V)
         self.seen = torch.zeros_like(self.logits, dtype=torch.bool) if repetition_penalty != 1 else None
         if self.seen is not None and ids is not None:
             self.seen[self.cache.place[0], ids] = True
@@ -136,6 +141,17 @@ def _embed(llm: Llama, prompts: Prompts) -> tuple[Tensor, Tensor | None, list[in
     device = llm.model.embed_tokens.weight.device
     flat = torch.cat([torch.as_tensor(prompt) for prompt in prompts]).to(device)
     return (flat, None, lengths) if flat.is_floating_point() else (llm.embed(flat), flat, lengths)
+
+
+def beginning(prompts: Sequence[Tensor]) -> int:
+    """With how many embeddings all prompts (T_i, D) begin, less their last; 0 where that saves little of the work."""
+    longest = min(map(len, prompts)) - 1
+    if not worth_sharing(longest, [len(prompt) for prompt in prompts]):
+        return 0
+    first = prompts[0][:longest]
+    same = torch.stack([(prompt[:longest] == first).all(1) for prompt in prompts[1:]]).all(0)
+    shared = int(same.cumprod(0).sum())
+    return shared if worth_sharing(shared, [len(prompt) for prompt in prompts]) else 0
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -123,6 +123,11 @@ class Branched:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def worth_sharing(shared: int, lengths: Sequence[int]) -> bool:
+    """Whether most of the work on sequences of these lengths is their common beginning, which Branched reads once."""
+    return 2 * shared * (len(lengths) - 1) > sum(lengths)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ from common.config import UserError, from_dict, opt
 from common.weights import find_weights, identity, read_tensors
 from model import encoders
 from model.generate import generate, score_labels
-from model.llm import Branched, Llama, LlamaConfig, Packed
+from model.llm import Branched, Llama, LlamaConfig, Packed, worth_sharing
 from model.lora import add_lora
 from model.tokenizer import Tokenizer
 
@@ -244,7 +244,7 @@ class Mllm(nn.Module):
         """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
         x, positions, labels, attend = self.embed(batch), batch.positions, batch.labels, Packed(batch.lengths)
         shared = batch.shared
-        if 2 * shared * (len(batch.lengths) - 1) > len(positions):  # most of the work is the same beginning
+        if worth_sharing(shared, batch.lengths):
             kept = positions >= shared
             kept[:shared] = True
             x, positions, labels = x[:, kept], positions[kept], labels[kept]

@@ -11,6 +11,7 @@ from model.llm import Llama, LlamaConfig
 
 SHAPES = {"mha": 4, "gqa": 2}
 PROMPTS = [[5, 9, 11], [7], [3, 3, 8, 1, 20, 31, 2], [12, 14]]
+BEGUN = [[5, 9, 11, 30, 6, 4, 9, 1, *prompt] for prompt in PROMPTS]
 
 
 def small(kv=2, vocab=37, **changes):
@@ -42,16 +43,19 @@ def greedy(llm, prompt, steps, eos=2):
 
 
 @pytest.mark.parametrize("kv", SHAPES.values(), ids=SHAPES)
-def test_cached_logits_equal_uncached_in_a_ragged_batch(kv):
-    llm = small(kv)
+@pytest.mark.parametrize(("prompts", "computed"), [(PROMPTS, 13), (BEGUN, 8 + 13), ([[1, 2], [1, 2]], 4)])
+def test_cached_logits_equal_uncached_in_a_ragged_batch(kv, prompts, computed):
+    llm, read = small(kv), []
+    llm.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     with torch.inference_mode():
-        state = State(llm, PROMPTS, 5)
-        rows = [list(prompt) for prompt in PROMPTS]
+        state = State(llm, prompts, 5)
+        assert read == [computed]  # a beginning that all share, where it is long, once
+        rows = [list(prompt) for prompt in prompts]
         for step in range(6):
             wanted = torch.stack([llm(torch.tensor([row]))[0, -1] for row in rows])
             torch.testing.assert_close(state.logits, wanted, atol=1e-5, rtol=0)
             if step < 5:
-                tokens = torch.randint(0, 37, (4,))
+                tokens = torch.randint(0, 37, (len(rows),))
                 state.step(tokens)
                 rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
 
@@ -59,9 +63,9 @@ def test_cached_logits_equal_uncached_in_a_ragged_batch(kv):
 @pytest.mark.parametrize("kv", SHAPES.values(), ids=SHAPES)
 def test_greedy_alone_and_in_a_ragged_batch_whose_rows_leave_early(kv):
     llm = small(kv)
-    wanted = [greedy(llm, prompt, 30) for prompt in PROMPTS]
+    wanted = [greedy(llm, prompt, 30, eos=None) for prompt in PROMPTS]
     ends = [answer[n] for answer, n in zip(wanted, (2, 5, 9, 30), strict=True) if n < len(answer)]
-    for eos in (2, ends[0], ends):  # an end token at different depths, and several of them
+    for eos in (ends[0], ends):  # an end token at different depths, and several of them
         stop = set(ends) if eos is ends else {eos}
         cut = [list(itertools.takewhile(lambda token, stop=stop: token not in stop, answer)) for answer in wanted]
         assert generate(llm, PROMPTS, 30, eos_id=eos) == cut
@@ -209,6 +213,14 @@ def test_scores_are_the_sums_of_uncached_log_likelihoods(kv, monkeypatch):
     torch.testing.assert_close(score_labels(llm, embedded, candidates), wanted, atol=2e-5, rtol=0)
     torch.testing.assert_close(score_labels(llm, PROMPTS[:1], candidates), wanted[:1], atol=2e-5, rtol=0)
     torch.testing.assert_close(score_labels(llm, PROMPTS, [[4], [6]])[:, 0], wanted[:, 0], atol=2e-5, rtol=0)
+
+
+def test_scores_behind_a_beginning_that_all_share():
+    llm, candidates = small(), [[4], [6, 2], [6, 30, 2]]
+    alone = torch.cat([score_labels(llm, [prompt], candidates) for prompt in BEGUN])
+    torch.testing.assert_close(score_labels(llm, BEGUN, candidates), alone, atol=2e-5, rtol=0)
+    same = [BEGUN[2]] * 3  # all but the last token
+    torch.testing.assert_close(score_labels(llm, same, candidates), alone[[2, 2, 2]], atol=2e-5, rtol=0)
 
 
 def test_scores_of_every_next_token_are_a_distribution():

@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from common import dist, shard
 from common.config import UserError
 from common.weights import check_names, check_shapes, read_json, read_tensors
 
@@ -44,11 +45,13 @@ def save(
     links: Sequence[str] = ("last",),
     keep: int = 0,
     spare: Sequence[str] = (),
+    parts: Path | None = None,
 ) -> Path:
     """Writes root/name with `extra` small files, points the `links` at it, prunes all but `spare` and `keep` newest.
 
     The folder is filled under a temporary name, synced and renamed; links are replaced in one call. An error (a full
     disk) leaves earlier checkpoints as they were. Another checkpoint of the same name moves to root/superseded/.
+    `parts`: what save_parts() wrote of module and optimizer, which moves into the checkpoint.
     """
     final, temporary = root / name, root / f".tmp-{name}-{os.getpid()}"
     record = json.dumps(state, indent=1)
@@ -56,29 +59,73 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         # the same step of the same run may ask twice: a stop right after an epoch's end
         if not (final / STATE).is_file() or (final / STATE).read_text() != record:
-            _fill(temporary, module, optimizer, extra | {STATE: record.encode()})
+            _fill(temporary, module, optimizer, extra | {STATE: record.encode()}, parts)
             if final.exists():  # the epochs of a resumed run got another length
                 _set_aside(final)
             temporary.rename(final)
         for link in links:
             _link(root / link, name)
         _sync(root)
+        if parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         clean(root)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        reason = "no space left on the disk" if full else error
-        raise UserError(f"cannot save {final}: {reason}; earlier checkpoints are kept") from None
+        raise _unsaved(final, error) from None
     if keep > 0:
         _prune(root, keep, spare)
     return final
 
 
-def _fill(folder: Path, module: nn.Module, optimizer: dict[str, torch.Tensor], files: dict[str, bytes]) -> None:
+def save_parts(
+    root: Path, name: str, module: nn.Module, optimizer: dict[str, torch.Tensor], here: dist.Ranks
+) -> Path:  # fmt: skip
+    """Writes what the ranks hold of a sharded module and its optimiser's state to a folder in root, for save().
+
+    All ranks call it. A full disk of one of them, or a root that not all of them see, is a UserError on every rank.
+    """
+    parts, final = root / f".tmp-parts-{name}", root / name
+
+    def begin() -> None:
+        shutil.rmtree(parts, ignore_errors=True)
+        try:
+            parts.mkdir(parents=True)
+        except OSError as error:
+            raise _unsaved(final, error) from None
+
+    dist.main_first(here, begin)
+    blind = dist.all_sum(not parts.is_dir(), device=here.device)[0]
+    if blind:
+        raise _unsaved(final, f"{blind:.0f} of {here.world} ranks do not see {root}, which must be on a shared disk")
+    try:
+        for file, tensors in ((MODEL, trainable_state(module)), (OPTIMIZER, optimizer)):
+            shard.write(parts / Path(file).stem, tensors)
+    except (OSError, SafetensorError) as error:
+        dist.main_first(here, lambda: clean(root))
+        raise _unsaved(final, error) from None
+    return parts
+
+
+def _unsaved(final: Path, error: object) -> UserError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+    reason = "no space left on the disk" if full else error
+    return UserError(f"cannot save {final}: {reason}; earlier checkpoints are kept")
+
+
+def _fill(
+    folder: Path,
+    module: nn.Module,
+    optimizer: dict[str, torch.Tensor],
+    files: dict[str, bytes],
+    parts: Path | None,
+) -> None:
     """Writes a checkpoint's files and waits until the disk has them."""
     shutil.rmtree(folder, ignore_errors=True)  # process ids come again
     folder.mkdir()
     for file, tensors in ((MODEL, trainable_state(module)), (OPTIMIZER, optimizer)):
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / file)
+        if parts is not None:
+            (parts / Path(file).stem).rename(folder / Path(file).stem)
+        else:
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / file)
     for file, content in files.items():
         (folder / file).write_bytes(content)
     for file in folder.iterdir():
@@ -164,7 +211,7 @@ def resolve(path: str | Path, prefer: str = "last") -> Path:
     """One checkpoint folder from a checkpoint, a checkpoints/ or a run folder (its `prefer` link, else the newest)."""
     path = Path(path)
     for folder in (path / "checkpoints", path):  # copies beside checkpoints/ do not count
-        if (folder / STATE).is_file() and (folder / MODEL).is_file():
+        if (folder / STATE).is_file() and place(folder).exists():
             return folder.resolve()
         if (folder / prefer / STATE).is_file():
             return (folder / prefer).resolve()
@@ -195,19 +242,30 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def place(folder: Path, file: str = MODEL) -> Path:
+    """Where a checkpoint holds what belongs in `file`: that file, or the folder of parts that several ranks wrote."""
+    parts = folder / Path(file).stem
+    return parts if parts.is_dir() else folder / file
+
+
+def read(folder: Path, file: str = MODEL) -> Mapping[str, torch.Tensor]:
+    """The tensors of a checkpoint's MODEL or OPTIMIZER; those in parts are put together when they are asked for."""
+    found = place(folder, file)
+    return shard.Parts(found) if found.is_dir() else read_tensors(found)
+
+
 def load_model(module: nn.Module, folder: Path) -> str:
-    """Loads model.safetensors into what trains in `module`, strictly; returns the coverage ("128/128 LoRA tensors")."""
-    return load_tensors(module, read_tensors(folder / MODEL), str(folder / MODEL))
+    """Loads a checkpoint into what trains in `module`, strictly; returns the coverage ("128/128 LoRA tensors")."""
+    return load_tensors(module, read(folder), str(place(folder)))
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> str:
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> str:
     """Copies `tensors` over trainable_state(module); UserError unless names and shapes are the same."""
     own = trainable_state(module)
     check_names(where, own, tensors)
-    check_shapes(where, own, {name: tuple(value.shape) for name, value in tensors.items()})
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
+    check_shapes(where, own, shard.shapes(tensors))
+    for name, value in tensors.items():
+        shard.fill(own[name], value)
     return coverage(list(tensors), list(own))
 
 

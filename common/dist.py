@@ -55,13 +55,19 @@ def ranks(device: str = "auto") -> Ranks:
     return Ranks(rank, world, local, chosen)
 
 
-def connect(here: Ranks) -> None:
-    """Joins the process group when there is more than one process: NCCL on CUDA, gloo on CPU."""
+def connect(here: Ranks, sharded: bool = False) -> None:
+    """Joins the process group when there is more than one process: NCCL on CUDA, gloo on CPU.
+
+    A `sharded` model wants a group even of one, and on CUDA gloo too, for what it keeps in host memory.
+    """
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
-    if here.world > 1 and not td.is_initialized():
-        backend = "nccl" if here.device.type == "cuda" else "gloo"
-        td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=datetime.timedelta(minutes=30))
+    if (here.world > 1 or sharded) and not td.is_initialized():
+        backend = ("cpu:gloo,cuda:nccl" if sharded else "nccl") if here.device.type == "cuda" else "gloo"
+        # one process has nobody to meet, so it needs no address
+        store = td.HashStore() if here.world == 1 else None  # pyright: ignore
+        limit = datetime.timedelta(minutes=30)
+        td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=limit, store=store)
 
 
 def setup(device: str = "auto") -> Ranks:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import checkpoint
 
+from common import shard
 from common.config import UserError, opt
 
 LAZY = (
@@ -94,7 +96,7 @@ def build(module: nn.Module, cfg: OptimConfig) -> AdamW:
 def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:
     """Global gradient norm, after which gradients are scaled down to `clip` if it is larger (0: left alone)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = shard.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if clip > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return float(norm)
@@ -115,20 +117,21 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def load_state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_state_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:  # fmt: skip
     """Inverse of state_tensors; parameters without state (no step taken yet) stay without.
 
     State of something else, of another shape or in part is a UserError.
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for full, value in tensors.items():
+    states: dict[str, dict[str, tuple[int, ...]]] = {}
+    for full, shape in shard.shapes(tensors).items():
         key, _, name = full.partition(".")
-        states.setdefault(name, {})[key] = value
+        states.setdefault(name, {})[key] = shape
     for name, state in states.items():
         parameter = parameters.get(name)
-        shapes = {key: value.shape for key, value in state.items()}
-        if parameter is None or shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+        if parameter is None or state != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
             raise UserError(f"optimiser state of {name!r} ({', '.join(sorted(state))}) does not fit what trains here")
         # AdamW's fused kernel wants its step counter beside the parameter, in float32
-        optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+        optimizer.state[parameter] = {key: shard.like(tensors[f"{key}.{name}"], parameter) for key in state}

@@ -72,7 +72,7 @@ def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
     files = _model_files(Path(folder), "model.safetensors")
     if files is None:
         raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    return {name: file for file in files for name in _open(file).keys()}
+    return {name: file for file in files for name in open_tensors(file).keys()}
 
 
 def model_files(folder: str | os.PathLike, wanted: Callable[[str], Any] | None = None) -> list[Path]:
@@ -107,7 +107,8 @@ def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     return {name: tensor for file in model_files(folder) for name, tensor in read_tensors(file).items()}
 
 
-def _open(file: Path):
+def open_tensors(file: Path):
+    """A safetensors file, of which only the header is read; UserError where it is none."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -121,7 +122,7 @@ def read_tensors(file: str | os.PathLike, entry: str = "model", nested: bool = F
     """
     file = Path(file)
     if file.suffix == ".safetensors":
-        shard = _open(file)
+        shard = open_tensors(file)
         return {name: shard.get_tensor(name) for name in shard.keys()}
     state = read_state(file)
     state = state.get(entry, state) if isinstance(state, dict) else state
@@ -164,25 +165,27 @@ def load_strict(
     ignore: tuple[str, ...] = (),
     then: Callable[[str], None] | None = None,
     rename: Callable[[str], str] = str,
+    mapped: bool = False,
 ) -> str:
     """Give `module` (may be on meta) a folder's tensors, one at a time, straight to dtype and device.
 
     Names ending in one of `ignore` are left out on both sides; a missing, unexpected or misshapen one is a UserError.
     `then` is called with the name of each tensor that has found its place; `rename` gives the module's name for a
-    file's. Returns the coverage ("291/291 tensors, 32 not used").
+    file's. With `mapped` tensors that need no change stay in their files, whose pages all processes of a machine share.
+    Returns the coverage ("291/291 tensors, 32 not used").
     """
     given = {rename(name): (name, file) for name, file in tensor_files(folder).items()}
     found = {ours: place for ours, place in given.items() if not ours.endswith(ignore)}
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
     check_names(folder, wanted, found)
-    shards = {file: _open(file) for file in sorted({file for _, file in found.values()})}
+    shards = {file: open_tensors(file) for file in sorted({file for _, file in found.values()})}
     shapes = {ours: tuple(shards[file].get_slice(name).get_shape()) for ours, (name, file) in found.items()}
     check_shapes(folder, wanted, shapes)
     for file in list(shards):
         shard = shards.pop(file)  # unmapped when done, so the host holds one shard at most
         for ours, name in ((ours, found[ours][0]) for ours in wanted if found[ours][1] == file):
             tensor = shard.get_tensor(name)
-            _assign(module, ours, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
+            _assign(module, ours, tensor.to(device, dtype if tensor.is_floating_point() else None, copy=not mapped))
             if then is not None:
                 then(ours)
     unused = f", {len(given) - len(found)} not used" if len(given) > len(found) else ""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from common import dist, metrics
 from common.config import UserError, opt
+from common.shard import place
 from data.clips import ClipData, Sample
 from data.prompts import DFEW7, EMOTIONS6, extract_label
 from evals.openset import built_in
@@ -83,7 +84,7 @@ def answer(
     )
     candidates = [tokenizer.encode(f"{label}</s>") for label in labels]
     records: dict[int, dict] = {}
-    device = next(mllm.parameters()).device
+    device = place(mllm)
     bar = tqdm(
         total=len(order), desc=cfg.decode, unit="clip", disable=not (progress and sys.stderr.isatty()), leave=False
     )

@@ -34,7 +34,7 @@ class Local:
                 raise UserError(f"--judge-model {name}: a checkpoint of {self.state['system']} answers no questions")
         else:
             self.folder = find_weights(name, "judge")
-        made = json.dumps(identity(self.folder), sort_keys=True)
+        made = json.dumps(identity(checkpoint.place(self.folder) if self.state else self.folder), sort_keys=True)
         self.name = f"local: {name}"
         self.identity = hashlib.sha256(made.encode()).hexdigest()
         self.loaded: tuple[Llama, Tokenizer] | None = None

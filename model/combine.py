@@ -1,7 +1,7 @@
 """Several checkpoints of one recipe as one model: the mean of their weights, or of what they predict."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import UserError, from_dict
 from common.options import text
-from common.weights import check_names, check_shapes, read_tensors
+from common.shard import shapes
+from common.weights import check_names, check_shapes
 from model import mllm
 from model.generate import generate_together
 from model.mllm import Batch, Mllm, MllmConfig
@@ -52,10 +53,10 @@ def load(
     """One model of several checkpoint folders, whose state.json are `states`, in eval mode; and its coverage."""
     for folder, state in zip(folders[1:], states[1:], strict=True):
         check_same(folders[0], states[0], folder, state)
-    parts = [read_tensors(folder / checkpoint.MODEL) for folder in folders]
+    parts = [checkpoint.read(folder) for folder in folders]
     for folder, part in zip(folders, parts, strict=True):
         check_names(folder, parts[0], part)
-        check_shapes(folder, parts[0], {name: tuple(tensor.shape) for name, tensor in part.items()})
+        check_shapes(folder, parts[0], shapes(part))
     if how == "weights":
         state = copy.deepcopy(states[0])
         for name in ("lora_r", "lora_alpha"):  # the rank of a mean of K updates; alpha / r, their scaling, stays
@@ -92,7 +93,7 @@ def check_same(first: Path, one: dict[str, Any], second: Path, two: dict[str, An
             raise UserError(f"{pair}: it has another {file}")
 
 
-def mean(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of checkpoints' tensors, taken in float64; of low-rank updates B_k A_k the mean of the products.
 
     The mean of A_k times the mean of B_k would be another update. A_k one below the other and B_k / K side by side

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.checkpoint import coverage, trainable_state
 from common.config import UserError, opt
+from common.shard import fill
 from common.weights import check_names, check_shapes, read_tensors
 from model.mllm import Mllm, MllmConfig, build
 from model.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ def load_published(mllm: Mllm, path: str | Path) -> str:
     check_names(path, wanted, found)
     check_shapes(path, wanted, {name: tuple(tensor.shape) for name, tensor in found.items()})
     for name, tensor in found.items():
-        own[name].copy_(tensor)
+        fill(own[name], tensor)
     slots = sorted({name.split(".")[1] for name in fresh})
     said = [coverage(list(found), list(own))]
     said += [f"fresh: projections of {', '.join(slots)}"] * bool(slots)

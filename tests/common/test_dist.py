@@ -118,6 +118,16 @@ def test_collectives(ranks, world):
         assert joined == (world > 1)
 
 
+def alone():
+    os.environ.pop("MASTER_ADDR")  # a plain run has none
+    dist.connect(dist.Ranks(), sharded=True)
+    return td.is_initialized(), dist.gather("a"), dist.main_first(dist.Ranks(), lambda: 7)
+
+
+def test_one_process_has_a_group_of_its_own_for_what_is_sharded(ranks):
+    assert ranks(1, alone) == [(True, ["a"], 7)]
+
+
 ROWS, FEATURES = 3, 2  # of each rank
 
 

@@ -97,6 +97,25 @@ def test_load_strict_under_other_names(tmp_path):
     assert torch.equal(linear.bias, bias)
 
 
+def in_file(tensor, path):
+    """Whether a tensor lies in this process's mapping of a file."""
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
+    return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in spans)
+
+
+def test_load_strict_leaves_mapped_tensors_in_their_file(tmp_path):
+    path, weight = tmp_path / "model.safetensors", torch.randn(3, 2, dtype=torch.bfloat16)
+    save_file({"weight": weight, "bias": torch.zeros(3)}, path)
+    for mapped in (True, False):
+        net = nn.Linear(2, 3, device="meta").requires_grad_(False)
+        load_strict(net, tmp_path, mapped=mapped)
+        assert in_file(net.weight, path) == mapped
+        assert torch.equal(net.weight, weight)
+    load_strict(net, tmp_path, torch.float32, mapped=True)  # one of them is changed on its way
+    assert (net.weight.dtype, in_file(net.weight, path), in_file(net.bias, path)) == (torch.float32, False, True)
+
+
 def test_load_strict_keeps_integer_buffers(tmp_path):
     norm = nn.BatchNorm1d(2)
     norm.num_batches_tracked.fill_(2**40 + 1)

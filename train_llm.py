@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import checkpoint, config, dist, metrics, optim
+from common import checkpoint, config, dist, metrics, optim, shard
 from common.config import UserError, opt
 from common.log import Logger, confusion_image
 from common.optim import OptimConfig, lr_at, stages
@@ -74,6 +74,11 @@ class Config:
     )  # fmt: skip
     precision: str = opt("bf16", "arithmetic; fp32 on a CPU", "--precision", choices=("fp32", "bf16", "fp16"))
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    shard: str | None = opt(
+        None, "hold a part of the weights on each process (FSDP2); full: gather a layer's only while it runs (ZeRO-3), "
+        "grads: keep them until its backward pass (ZeRO-2)", "--shard", choices=("grads", "full"), bare="full",
+    )  # fmt: skip
+    offload: bool = opt(False, "--shard: hold the parts, and the optimiser's, in host memory", "--offload")
     seed: int = opt(42, "seed of everything random", "--seed")
     num_workers: int = opt(6, "threads that read clips ahead", "--num-workers")
     log_every: int = opt(50, "optimiser steps between log lines", "--log-every")
@@ -110,7 +115,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError(f"--seed: {cfg.seed} is negative")
     if cfg.fast:
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
-        dist.connect(here)
+        dist.connect(here, bool(cfg.shard))
         cfg = dist.main_first(here, partial(prepare_fast, cfg))
     if here.device.type == "cpu":
         dist.keep_memory()
@@ -132,9 +137,12 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         lambda: load_test(cfg.data, say) if cfg.test else [],  # a missing list must not end a run after its training
         lambda: check(cfg.data),
         lambda: check_choice(cfg),
+        lambda: check_shard(cfg, here.device),
         lambda: stages(cfg.optim),
     )
-    mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, here.device, start)
+    mapped = cfg.shard is not None and cfg.model.quant == "none"  # no process ever holds all of the base
+    home = torch.device("cpu") if mapped else here.device
+    mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, home, start, mapped)
     if mllm.llm.coverage:
         say(f"{cfg.model.llm}: {mllm.llm.coverage}")
     parts, valid = make_datasets(cfg, splits, tested, features, tokenizer, say)
@@ -142,6 +150,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     order, iters = plan(cfg, parts, per_step, say)
     if cfg.model.normalize and start is None:
         mllm.set_statistics(features.statistics(parts[0].clips))
+    if cfg.shard:
+        dist.connect(here, sharded=True)
+        layers, release = mllm.llm.model.layers, cfg.shard == "full"
+        shard.shard(mllm, layers, here, dtype, release, cfg.offload, ("score", "generate"))
     optimizer = optim.build(mllm, cfg.optim)
     progress = begin(cfg, mllm, optimizer, scaler, start, previous, here, say)
     for part in parts:
@@ -153,7 +165,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     log = Logger(out, here.main)
     log.truncate(progress.step)
     ddp = mllm
-    if here.world > 1:
+    if here.world > 1 and not cfg.shard:
         ids = [here.device.index] if here.device.type == "cuda" else None
         ddp = DDP(mllm, device_ids=ids, broadcast_buffers=False)
     total = cfg.epochs * iters
@@ -176,9 +188,15 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         state = facts | vars(progress) | {"epoch": progress.step // iters, "scaler": scaler.state_dict()}
         links = ("last", "best") if name == progress.best.get("checkpoint") else ("last",)
         spare = [point["checkpoint"] for point in progress.ranking]
-        what = (mllm, optim.state_tensors(mllm, optimizer), state, files)
-        write = partial(checkpoint.save, out / "checkpoints", name, *what, links, cfg.keep, spare)
+        shard.release(mllm)  # an evaluation leaves weights gathered
+        tensors = optim.state_tensors(mllm, optimizer)
+        written = checkpoint.save_parts(out / "checkpoints", name, mllm, tensors, here) if cfg.shard else None
+        what = (mllm, tensors, state, files)
+        write = partial(checkpoint.save, out / "checkpoints", name, *what, links, cfg.keep, spare, written)
         dist.main_first(here, lambda: write() and None)
+
+    # the ranks gather a sharded layer together, so each is asked about all clips; in autocast, whose dtype layers have
+    asked, scoring = (replace(here, rank=0, world=1), amp) if cfg.shard else (here, nullcontext)
 
     # ---- training: one pass of this loop is one optimiser step
     mllm.train()
@@ -195,11 +213,12 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         dist.seed_all(cfg.seed, progress.step, here.rank)
         loss_sum = 0.0
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1 or here.world == 1
+            # sharded gradients are summed up sharded: whole ones, kept for the last micro-batch, would not fit
+            last = i == len(batches) - 1 or ddp is mllm
             with answering_oom(batch, here.device), nullcontext() if last else ddp.no_sync():
                 with amp():
                     loss = ddp(batch)
-                # DDP averages over ranks, the loss is a mean over the answer tokens of the whole step
+                # gradients are averaged over ranks, the loss is a mean over the answer tokens of the whole step
                 scaler.scale(loss * (here.world / max(tokens, 1))).backward()
             loss_sum += float(loss.detach())
         scaler.unscale_(optimizer)
@@ -229,7 +248,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
         name, better = f"epoch_{epoch:03d}", False
         if at_end and valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
-            better = validate(cfg, mllm, tokenizer, valid, here, amp, log, progress, name)
+            with scoring():
+                better = validate(cfg, mllm, tokenizer, valid, asked, amp, log, progress, name)
         ended = progress.ended(cfg, total)
         if at_end and (epoch % cfg.save_every == 0 or better or ended):
             save(name)
@@ -252,7 +272,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         if tested:
             checkpoint.load_model(mllm, out / "checkpoints" / ("best" if progress.best else "last"))
             test = ClipData(tested, features, cfg.data, tokenizer.encode)
-            results["test"] = final_test(cfg, mllm, tokenizer, test, here, say)
+            with scoring():
+                results["test"] = final_test(cfg, mllm, tokenizer, test, asked, say)
         if here.main:
             (out / "results.json").write_text(json.dumps(results, indent=1))
     log.close()
@@ -289,6 +310,18 @@ def check_choice(cfg: Config) -> None:
         raise UserError("--keep-best: needs --save-best")
     if cfg.evaluate and cfg.metric in emotion.OF_DESCRIPTIONS and valid_task(cfg) == "emotion":
         raise UserError(f"--metric {cfg.metric}: --data.task-pool has no task with descriptions")
+
+
+def check_shard(cfg: Config, device: torch.device) -> None:
+    """UserError where the parameters cannot be sharded as asked."""
+    if cfg.offload and not cfg.shard:
+        raise UserError("--offload: needs --shard")
+    if cfg.offload and device.type == "cpu":
+        raise UserError("--offload: there is no GPU here whose memory it could spare")
+    if cfg.shard and cfg.precision == "fp16":
+        raise UserError("--shard: not in fp16, use --precision bf16")
+    if cfg.shard and cfg.decode.temperature > 0:
+        raise UserError("--shard: all processes must choose the same tokens, so --temperature must be 0")
 
 
 def valid_task(cfg: Config) -> str:
@@ -394,7 +427,7 @@ def begin(
             say(f"weights of {cfg.ckpt}: {load_published(mllm, cfg.ckpt)}")
         return Progress()
     say(f"resumed from {start}: {checkpoint.load_model(mllm, start)}")
-    optim.load_state_tensors(mllm, optimizer, checkpoint.read_tensors(start / checkpoint.OPTIMIZER))
+    optim.load_state_tensors(mllm, optimizer, checkpoint.read(start, checkpoint.OPTIMIZER))
     state = checkpoint.read_state(start)
     scaler.load_state_dict(state["scaler"])
     for name, now in (("world", here.world), ("threads", torch.get_num_threads())):

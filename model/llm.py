@@ -248,9 +248,10 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":  # shapes only; the weights come from a file
             self.apply(_init)
-        self._tie()
+        self.tie()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Makes the head the embeddings where the config says so; needed again after to_empty()."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -261,10 +262,12 @@ class Llama(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         quant: str | None = None,
+        mapped: bool = False,
     ) -> "Llama":
         """A published or saved model, from a folder or a hub name (see find_weights), in eval mode.
 
-        With `quant` (int8 or nf4) the linears of its layers are put into few bits as they are read.
+        With `quant` (int8 or nf4) the linears of its layers are put into few bits as they are read. With `mapped` the
+        weights stay in their files, and in the files' dtype, until they are moved.
         """
         folder = find_weights(folder, "llama weights")
         config = LlamaConfig.from_json(folder / "config.json")
@@ -277,8 +280,9 @@ class Llama(nn.Module):
                 quantize(llm, name.removesuffix(".weight"), quant)
 
         ignore = ("rotary_emb.inv_freq", *tied)
-        llm.coverage = load_strict(llm, folder, dtype, device, ignore, then=shrink)
-        llm._tie()
+        kept = None if mapped else dtype
+        llm.coverage = load_strict(llm, folder, kept, device, ignore, then=shrink, mapped=mapped)
+        llm.tie()
         return llm.eval()
 
     def save_pretrained(

@@ -1,7 +1,7 @@
 """The multimodal language model: text and projected embeddings in one packed sequence, for training and inference."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import UserError, from_dict, opt
-from common.weights import find_weights, identity, read_tensors
+from common.weights import find_weights, identity
 from model import encoders
 from model.generate import generate, score_labels
 from model.llm import Branched, Llama, LlamaConfig, Packed, worth_sharing
@@ -249,6 +249,8 @@ class Mllm(nn.Module):
             kept[:shared] = True
             x, positions, labels = x[:, kept], positions[kept], labels[kept]
             attend = Branched(shared, [n - shared for n in batch.lengths], x.device)
+        if torch.is_grad_enabled() and self.projections and not x.requires_grad:
+            x.requires_grad_()  # a batch of words alone: layers that are sharded must all go backward on every rank
         hidden = self.llm.hidden(x, attend, positions[None])[0]
         at = (labels != IGNORE_INDEX).nonzero()[:, 0]
         weights = [p for p in self.llm.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
@@ -325,18 +327,22 @@ def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def build(
-    cfg: MllmConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None
+    cfg: MllmConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None, mapped: bool = False
 ) -> tuple[Mllm, Tokenizer]:
     """The model on its base weights, and its tokenizer; `folder` is the checkpoint it will be loaded from, if any.
 
-    A fully trained language model comes whole from its checkpoint, so only its shape is taken from `folder` here.
+    A fully trained language model comes whole from its checkpoint, so only its shape is taken from `folder` here. With
+    `mapped` base weights stay in their files, as Llama.from_pretrained says.
     """
     torch.manual_seed(0)  # adapters and projections start alike on every rank and in every run of a recipe
     if cfg.full and folder is not None:
-        llm = Llama(LlamaConfig.from_json(folder / "llm_config.json")).to(device, dtype)
+        with torch.device("meta"):
+            llm = Llama(LlamaConfig.from_json(folder / "llm_config.json")).to(dtype)
+        llm.to_empty(device=device)  # the system gives its memory as the checkpoint fills it
+        llm.tie()
     else:
         quant = None if cfg.quant == "none" else cfg.quant
-        llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device), quant)
+        llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device), quant, mapped)
     if folder is not None and (folder / "tokenizer.model").is_file():
         tokenizer = Tokenizer(folder, cfg.end_sym)
     else:
@@ -356,19 +362,23 @@ def load_visual(cfg: MllmConfig, device: torch.device) -> Any:
 
 
 def load(
-    folder: Path, state: dict[str, Any], device: torch.device, dtype: torch.dtype, tensors: dict | None = None
+    folder: Path,
+    state: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Mllm, Tokenizer, str]:
     """The trained model of a checkpoint folder whose state.json is `state`, in eval mode, with its loading coverage.
 
-    `tensors` take the place of what the folder's model.safetensors holds.
+    `tensors` take the place of those that the folder holds.
     """
     cfg = from_dict(MllmConfig, state["config"]["model"])
     mllm, tokenizer = build(cfg, dtype, device, folder)
     if not cfg.full and state["base"]["files"] != identity(find_weights(cfg.llm, "language model"))["files"]:
         raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
     if tensors is None:
-        tensors = read_tensors(folder / checkpoint.MODEL)
-    covered = checkpoint.load_tensors(mllm, tensors, str(folder / checkpoint.MODEL))
+        tensors = checkpoint.read(folder)
+    covered = checkpoint.load_tensors(mllm, tensors, str(checkpoint.place(folder)))
     if not cfg.full:
         covered = f"{mllm.llm.coverage} of the language model, {covered}"
     return mllm.eval(), tokenizer, covered

@@ -592,7 +592,8 @@ def main(cfg: Config) -> None:
         if case not in CASES[cfg.size]:
             raise UserError(f"--cases {case}: --size {cfg.size} has {', '.join(CASES[cfg.size])}")
     lines = header("bench/llm_train.py", device, cfg.threads, ["transformers", "peft"])
-    lines[-1] += f" {cfg.size}, r {RANK}, {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
+    turns = f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
+    lines[-1] += f" {cfg.size}, r {RANK}{'' if cfg.profile else turns}"
     lines += [""]
     with TemporaryDirectory() as folder:
         if cfg.size != "7b":

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import UserError
@@ -32,12 +32,14 @@ class Listing:
     listed: int
     found: int
     skipped: list[tuple[str, str]]  # (id, reason)
-    expected: int | None  # the published list's size
+    expected: int | None = None  # the published list's size
+    notes: list[str] = field(default_factory=list)  # what else the reader should know
 
     def __str__(self) -> str:
         published = "" if self.expected in (None, self.listed) else f" (the published list has {self.expected:,})"
         skipped = f", {len(self.skipped):,} skipped (first: {': '.join(self.skipped[0])})" if self.skipped else ""
-        return f"{self.file}: {self.listed:,} listed{published}, {self.found:,} used{skipped}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{self.file}: {self.listed:,} listed{published}, {self.found:,} used{skipped}{notes}"
 
 
 def load_merr(

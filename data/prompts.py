@@ -112,7 +112,7 @@ def segments(
         pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, asked]
     else:
         pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, rest]
-    return _join_texts([piece for piece in pieces if piece])
+    return join_texts([piece for piece in pieces if piece])
 
 
 def next_turn(answer: str, task: str, question: str, chat_template: bool = True) -> list[str]:
@@ -229,7 +229,7 @@ def parse_tagged(question: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("reason", question)
 
 
-def _join_texts(pieces: list[str | Slot]) -> list[str | Slot]:
+def join_texts(pieces: list[str | Slot]) -> list[str | Slot]:
     """Make one text of two that an absent slot left side by side; BOS stays on its own."""
     joined: list[str | Slot] = []
     for piece in pieces:

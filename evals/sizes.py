@@ -1,6 +1,6 @@
 """What a configuration of the multimodal language model costs, from shapes alone: parameters, tokens, memory, disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -12,7 +12,7 @@ from data.prompts import pick_question, target
 from model.llm import Llama, LlamaConfig
 from model.mllm import Mllm, MllmConfig
 from model.quant import BITS
-from model.tokenizer import Tokenizer
+from model.tokenizer import load_tokenizer
 
 # shapes of published models, for an estimate before their weights are here
 PUBLISHED = {
@@ -64,7 +64,7 @@ def report(cfg: MllmConfig, data: DataConfig, batch_size: int, clip: Clip | None
     say(f"checkpoint on disk: weights {4 * trained / 1e9:.2f} GB + optimiser {8 * trained / 1e9:.2f} GB")
 
 
-def _quarter(text: str) -> list[int]:
+def _quarter(text: str, specials: Collection[str] = ()) -> list[int]:
     """As many ids as a tokenizer would give, roughly."""
     return [0] * -(-len(text) // 4)
 
@@ -72,7 +72,7 @@ def _quarter(text: str) -> list[int]:
 def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[[str], None]) -> int:
     """Shows one sample and returns its length in tokens."""
     try:
-        encode = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer")).encode
+        encode = load_tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer")).encode
         counted = ""
     except UserError:
         encode = _quarter

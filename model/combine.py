@@ -16,7 +16,7 @@ from common.weights import check_names, check_shapes
 from model import mllm
 from model.generate import generate_together
 from model.mllm import Batch, Mllm, MllmConfig
-from model.tokenizer import Tokenizer
+from model.tokenizer import FILES, Tokenizer
 
 WAYS = ("weights", "predictions")
 # what members must have in common besides the weights that did not train: their shape, and how a clip becomes a prompt
@@ -25,8 +25,6 @@ SHAPE = ("full", "quant", "lora_r", "lora_alpha", "lora_targets", "features", "f
 # with what holds for checkpoints that do not say
 PROMPT = {"labels": [], "prompt_layout": "train", "chat_template": True, "streams": [], "question": "labels",
           "speaker_norm": False}  # fmt: skip
-
-FILES = ("llm_config.json", "tokenizer.model")  # beside the tensors of a checkpoint
 
 
 class Ensemble(nn.Module):
@@ -88,8 +86,9 @@ def check_same(first: Path, one: dict[str, Any], second: Path, two: dict[str, An
             raise UserError(f"{pair}: features {name!r} were made another way")
     if (two["base"] or {}).get("files") != (one["base"] or {}).get("files"):
         raise UserError(f"{pair}: it was trained on other weights of the language model")
-    for file in FILES:
-        if (second / file).read_bytes() != (first / file).read_bytes():
+    for file in ("llm_config.json", *FILES):  # beside the tensors of a checkpoint, and one of FILES
+        here, there = (folder / file for folder in (first, second))
+        if here.is_file() != there.is_file() or (here.is_file() and here.read_bytes() != there.read_bytes()):
             raise UserError(f"{pair}: it has another {file}")
 
 

@@ -17,7 +17,7 @@ from model import encoders
 from model.generate import generate, score_labels
 from model.llm import Branched, Llama, LlamaConfig, Packed, worth_sharing
 from model.lora import add_lora
-from model.tokenizer import Tokenizer
+from model.tokenizer import FILES, Tokenizer, load_tokenizer
 
 IGNORE_INDEX = -100
 PATCH = 14  # pixels: EVA ViT-g's patch
@@ -27,7 +27,7 @@ CHUNK = 512  # labelled positions whose logits exist at one time
 @dataclass
 class MllmConfig:
     llm: str = opt("meta-llama/Llama-2-7b-chat-hf", "language model: folder or hub name", "--llm")
-    tokenizer: str | None = opt(None, "tokenizer.model; default: the one beside the language model", "--tokenizer")
+    tokenizer: str | None = opt(None, "tokenizer: file or folder; default: beside the language model", "--tokenizer")
     lora_r: int = opt(64, "LoRA rank", "--lora-r", span=(32, 128))
     lora_alpha: int = opt(16, "LoRA alpha; the update is scaled by alpha / r", "--lora-alpha", span=(8, 32))
     lora_dropout: float = opt(0.05, "dropout on the input of every LoRA adapter", "--lora-dropout", "--dropout")
@@ -51,7 +51,7 @@ class MllmConfig:
     visual_width: int = opt(1408, "width of a visual token")
     image_size: int = opt(448, "side of the picture in pixels, one visual token per 14 x 14", "--image-size")
     merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
-    end_sym: str = opt("</s>", "the special token that ends an answer")
+    end_sym: str = opt("</s>", "the special token that ends an answer; </s>: the tokenizer's own (Qwen2: <|im_end|>)")
     max_txt_len: int = opt(1024, "longest answer in tokens")
     quant: str = opt(
         "none", "hold the frozen base in few bits a weight: half or a quarter of bf16's memory", "--quant",
@@ -323,7 +323,7 @@ class HeadLoss(torch.autograd.Function):
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
     """Small files that make a checkpoint stand alone: the language model's shape and the tokenizer."""
     config = json.dumps(mllm.llm.config.to_json(), indent=1)
-    return {"llm_config.json": config.encode(), "tokenizer.model": Path(tokenizer.path).read_bytes()}
+    return {"llm_config.json": config.encode(), **tokenizer.files()}
 
 
 def build(
@@ -343,10 +343,14 @@ def build(
     else:
         quant = None if cfg.quant == "none" else cfg.quant
         llm = Llama.from_pretrained(find_weights(cfg.llm, "language model"), dtype, str(device), quant, mapped)
-    if folder is not None and (folder / "tokenizer.model").is_file():
-        tokenizer = Tokenizer(folder, cfg.end_sym)
+    if folder is not None and any((folder / file).is_file() for file in FILES):
+        tokenizer = load_tokenizer(folder, cfg.end_sym)
     else:
-        tokenizer = Tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"), cfg.end_sym)
+        tokenizer = load_tokenizer(cfg.tokenizer or find_weights(cfg.llm, "language model"), cfg.end_sym)
+    if tokenizer.vocab_size > llm.config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: {tokenizer.vocab_size:,} tokens, the language model has {llm.config.vocab_size:,}"
+        )
     return Mllm(cfg, llm).to(device), tokenizer
 
 

@@ -388,11 +388,7 @@ def _write_huggingface(part: Part, path: Path) -> None:
     tokenizer.save(path)
     ids = {"bos_token_id": llm.config.bos_token_id, "eos_token_id": tokenizer.eos_id}
     (path / "generation_config.json").write_text(json.dumps(ids, indent=1))
-    pieces = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
-    names = {name: tokenizer.pieces.id_to_piece(id) for name, id in pieces.items() if id >= 0}
-    # without its class transformers 5 cuts words otherwise
-    told = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, **names}
-    (path / "tokenizer_config.json").write_text(json.dumps(told, indent=1))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer.hub_config(), indent=1))
     _write_beside(part, path, MERGED_README)
 
 

@@ -232,7 +232,8 @@ def test_other_files_do_not_combine(checkpoints, tmp_path):
         "it was trained on other weights of the language model"
     )
     assert refused(lambda s: s.update(system="mosei")) == "it is a checkpoint of mosei"
-    assert refused(edit=lambda f: (f / "tokenizer.model").write_bytes(b"x")) == "it has another tokenizer.model"
+    for file in ("tokenizer.model", "tokenizer.json"):
+        assert refused(edit=lambda f, file=file: (f / file).write_bytes(b"x")) == f"it has another {file}"
     tensors = load_file(first / checkpoint.MODEL)
     name = next(iter(sorted(tensors)))
     less = {key: tensor for key, tensor in tensors.items() if key != name}

@@ -19,6 +19,7 @@ from model.llm import Llama, LlamaConfig
 from model.lora import add_lora
 from model.mllm import IGNORE_INDEX, HeadLoss, Mllm, MllmConfig, Projection, pack
 from model.tokenizer import Tokenizer
+from tests.qwen import make_qwen
 
 # 16 patches of width 3, four of them a token
 SMALL = MllmConfig(features={"face": 6, "voice": 5}, visual="eva", visual_width=3, image_size=56, lora_r=2)
@@ -270,6 +271,13 @@ def test_a_checkpoint_gives_the_model_back(merr, tmp_path, full):
         with pytest.raises(UserError) as error:
             mllm.load(folder, known, device, torch.float32)
         assert str(error.value) == f"{folder}: was trained on other weights of {base} than those found here"
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    make_qwen(tmp_path, spare=-1)
+    with pytest.raises(UserError) as error:
+        mllm.build(replace(SMALL, llm=str(tmp_path)), torch.float32, torch.device("cpu"))
+    assert str(error.value) == f"{tmp_path}/vocab.json: 403 tokens, the language model has 402"
 
 
 # ---- the published prompt, token for token

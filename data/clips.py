@@ -113,7 +113,7 @@ def make_sample(
     clip: Clip,
     values: dict[str, Tensor],
     cfg: DataConfig,
-    encode: Callable[[str], list[int]],
+    encode: prompts.Encode,
     task: str,
     question: str,
     slots: Sequence[str],
@@ -133,9 +133,9 @@ def make_sample(
     )  # fmt: skip
     for (_, said), (tag, following) in zip(turns, asked[1:], strict=True):
         segments += prompts.next_turn(said, tag, following, cfg.chat_template)
-    pieces = [encode(segment) if isinstance(segment, str) else segment.name for segment in segments]
+    pieces = prompts.encode_segments(segments, encode)
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
-    answer = encode(f"{target}</s>") if target is not None else []
+    answer = prompts.encode_answer(target, encode) if target is not None else []
     return Sample(
         clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path, clip.start, clip.end,
         clip.speaker,
@@ -326,7 +326,7 @@ class ClipData:
         clips: list[Clip],
         features: Features,
         cfg: DataConfig,
-        encode: Callable[[str], list[int]],
+        encode: prompts.Encode,
         train: bool = False,
         seed: int = 0,
     ) -> None:

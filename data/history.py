@@ -1,7 +1,9 @@
 """The history of a dialogue as MultiMood's compressor reads it: utterances, each with a mark whose state sums it up."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+
+from data.prompts import Encode
 
 MEM = "<MEM>"
 
@@ -14,7 +16,7 @@ def history_text(turns: Iterable[tuple[str, str, str]]) -> str:
     return "".join(f"{role}({emotion}) {text.replace(MEM, '')} {MEM} " for role, emotion, text in turns)
 
 
-def history_ids(history: str, encode: Callable[[str], list[int]], most: int = 512) -> list[int]:
+def history_ids(history: str, encode: Encode, most: int = 512) -> list[int]:
     """Ids of the newest utterances of a history that fit into `most` tokens; none where even the last one does not.
 
     The published code cuts at so many tokens, wherever that is.
@@ -22,6 +24,6 @@ def history_ids(history: str, encode: Callable[[str], list[int]], most: int = 51
     marked = [utterance + MEM for utterance in history.split(MEM)[:-1]]  # after the last mark nothing is summed up
 
     def ids(dropped: int) -> list[int]:
-        return encode("".join(marked[dropped:]).lstrip()) if dropped < len(marked) else []
+        return encode("".join(marked[dropped:]).lstrip(), specials=(MEM,)) if dropped < len(marked) else []
 
     return ids(bisect_left(range(len(marked)), True, key=lambda dropped: len(ids(dropped)) <= most))

@@ -2,8 +2,9 @@
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from common.config import UserError
 
@@ -78,6 +79,28 @@ class Slot:
     name: str
 
 
+class Special(str):
+    """A control token in the prompt, by its literal; in any other text the same characters are a text."""
+
+
+BOS, EOS = Special("<s>"), Special("</s>")
+Encode = Callable[..., list[int]]  # a tokenizer's: (text, specials) -> ids
+
+
+def encode_segments(segments: Iterable[str | Slot], encode: Encode) -> list[list[int] | str]:
+    """Ids of each text and special, and the names of the slots."""
+    ids: list[list[int] | str] = []
+    for piece in segments:
+        specials = (piece,) if isinstance(piece, Special) else ()
+        ids.append(piece.name if isinstance(piece, Slot) else encode(piece, specials=specials))
+    return ids
+
+
+def encode_answer(text: str, encode: Encode) -> list[int]:
+    """Ids of an answer and of the token that ends it."""
+    return [*encode(text, specials=()), *encode(EOS, specials=(EOS,))]
+
+
 def segments(
     task: str,
     question: str,
@@ -104,20 +127,21 @@ def segments(
     visual = [Slot("image")] if image else []
     features = [*map(Slot, slots), *([Slot("cls")] if cls else [])]
     if layout == "original_eval":
-        pieces = [f"<s><s>{head}<video>", *visual, *features, f"</video> <feature><FeatureHere>{rest}"]
+        pieces = [BOS, BOS, f"{head}<video>", *visual, *features, f"</video> <feature><FeatureHere>{rest}"]
     elif layout == "question_first":
-        pieces = ["<s>", f"{head}{said}[{task}] {question} <video>", *visual, "</video> <feature>", *features, tail]
+        pieces = [BOS, f"{head}{said}[{task}] {question} <video>", *visual, "</video> <feature>", *features, tail]
     elif layout == "clean":
         asked = f"</feature> {said}[{task}] {question}{tail}"
-        pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, asked]
+        pieces = [BOS, f"{head}<video>", *visual, "</video> <feature>", *features, asked]
     else:
-        pieces = ["<s>", f"{head}<video>", *visual, "</video> <feature>", *features, rest]
+        pieces = [BOS, f"{head}<video>", *visual, "</video> <feature>", *features, rest]
     return join_texts([piece for piece in pieces if piece])
 
 
 def next_turn(answer: str, task: str, question: str, chat_template: bool = True) -> list[str]:
     """What follows a prompt in a conversation, as Llama 2 chat has it: the answer to it, and the next question."""
-    return [f"{answer} </s><s>", f"[INST] [{task}] {question} [/INST]" if chat_template else f"[{task}] {question}"]
+    asked = f"[INST] [{task}] {question} [/INST]" if chat_template else f"[{task}] {question}"
+    return [f"{answer} ", EOS, BOS, asked]
 
 
 def target(text: str, layout: str) -> str:
@@ -229,16 +253,20 @@ def parse_tagged(question: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("reason", question)
 
 
-def join_texts(pieces: list[str | Slot]) -> list[str | Slot]:
-    """Make one text of two that an absent slot left side by side; BOS stays on its own."""
+def join_texts(pieces: Iterable[str | Slot]) -> list[str | Slot]:
+    """Make one text of those that stand side by side; what has no text between is tokenised as one."""
     joined: list[str | Slot] = []
     for piece in pieces:
         before = joined[-1] if joined else None
-        if isinstance(piece, str) and isinstance(before, str) and before != "<s>":
+        if _is_text(piece) and _is_text(before):
             joined[-1] = before + piece
         else:
             joined.append(piece)
     return joined
+
+
+def _is_text(piece: str | Slot | None) -> TypeGuard[str]:
+    return isinstance(piece, str) and not isinstance(piece, Special)
 
 
 def phrase(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from common import dist, metrics
 from common.config import UserError, opt
 from common.shard import place
 from data.clips import ClipData, Sample
-from data.prompts import DFEW7, EMOTIONS6, extract_label
+from data.prompts import DFEW7, EMOTIONS6, encode_answer, extract_label
 from evals.openset import built_in
 from model.combine import Ensemble
 from model.mllm import Batch, Mllm, pack
@@ -82,7 +82,7 @@ def answer(
     order = sorted(
         range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces)
     )
-    candidates = [tokenizer.encode(f"{label}</s>") for label in labels]
+    candidates = [encode_answer(label, tokenizer.encode) for label in labels]
     records: dict[int, dict] = {}
     device = place(mllm)
     bar = tqdm(

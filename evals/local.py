@@ -1,4 +1,4 @@
-"""A language model of this machine as a judge: a checkpoint of ours, or a plain Llama folder."""
+"""A language model of this machine as a judge: a checkpoint of ours, or a plain Llama or Qwen2 folder."""
 
 import hashlib
 import json
@@ -10,18 +10,20 @@ import torch
 from common import checkpoint
 from common.config import UserError
 from common.weights import find_weights, identity
+from data.chat import chatml, llama2
+from data.prompts import encode_segments
 from evals.chat import Reply, Turns
 from model import mllm
 from model.generate import generate
 from model.llm import Llama
-from model.tokenizer import Tokenizer
+from model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 BATCH = 8
 LONGEST = 200  # tokens of a reply
 
 
 class Local:
-    """Replies greedily, in Llama-2's chat layout; loaded when first asked."""
+    """Replies greedily, in the chat layout of Llama 2 or Qwen2; loaded when first asked."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
@@ -45,7 +47,7 @@ class Local:
             self.loaded = model.llm, tokenizer
         elif self.loaded is None:
             llm = Llama.from_pretrained(self.folder, self.dtype, str(self.device)).eval()
-            self.loaded = llm, Tokenizer(self.folder)
+            self.loaded = llm, load_tokenizer(self.folder)
         return self.loaded
 
     def complete(self, conversations: Sequence[Turns]) -> Iterator[tuple[int, Reply]]:
@@ -64,5 +66,7 @@ class Local:
 
 def prompt(turns: Turns, tokenizer: Tokenizer) -> list[int]:
     """Ids of a conversation that ends with the user's turn."""
-    said = "".join(f" {text} </s><s>" if i % 2 else f"[INST] {text} [/INST]" for i, text in enumerate(turns))
-    return tokenizer.encode(f"<s>{said}")
+    layout = chatml if isinstance(tokenizer, ByteTokenizer) else llama2
+    messages = [("assistant" if i % 2 else "user", [text]) for i, text in enumerate(turns)]
+    pieces = encode_segments(layout(messages), tokenizer.encode)
+    return [i for ids in pieces if isinstance(ids, list) for i in ids]

@@ -12,8 +12,9 @@ TURNS = [
 WORDS: dict[str, int] = {}
 
 
-def encode(text):
+def encode(text, specials=("<MEM>",)):
     """One id a word, a mark or a punctuation sign; an id is its word's number."""
+    assert list(specials) == ["<MEM>"]
     return [WORDS.setdefault(word, len(WORDS)) for word in re.findall(r"<MEM>|\w+|[^\w\s]", text)]
 
 
@@ -42,7 +43,7 @@ def test_the_oldest_utterances_go_first_and_whole(most, kept):
 def test_what_is_kept_is_encoded_as_it_would_be_alone():
     for most, kept in ((512, TURNS), (18, TURNS[1:])):
         seen = []
-        history_ids(history_text(TURNS), lambda text, seen=seen: seen.append(text) or encode(text), most)
+        history_ids(history_text(TURNS), lambda text, seen=seen, **how: seen.append(text) or encode(text, **how), most)
         assert seen[-1] == history_text(kept).rstrip()
 
 
@@ -55,6 +56,6 @@ def test_what_no_mark_sums_up_is_left_out():
 def test_long_histories_are_encoded_a_few_times_only():
     calls = []
     text = history_text(TURNS * 200)
-    ids = history_ids(text, lambda text: calls.append(text) or encode(text), 512)
+    ids = history_ids(text, lambda text, **how: calls.append(text) or encode(text, **how), 512)
     assert 512 - 10 < len(ids) <= 512
     assert len(calls) <= 12

@@ -13,6 +13,7 @@ from data.prompts import (
     LAYOUTS,
     QUESTIONS,
     Slot,
+    Special,
     choose,
     emotion_question,
     extract_label,
@@ -76,9 +77,9 @@ def test_original_eval_layout_is_the_published_one():
     parts = segments("emotion", "What is it?", "Oh my!", UTTERANCE, layout="original_eval")
     names = [part.name for part in parts if isinstance(part, Slot)]
     assert names == ["image", "mae", "videomae", "hubert", "cls"]
-    assert [isinstance(part, Slot) for part in parts] == [False] + [True] * 5 + [False]  # the pack is in one place
-    before, after = (part for part in parts if isinstance(part, str))
-    assert f"{before}<VideoHere>{after}" == "<s><s>" + PUBLISHED  # <FeatureHere> stays a text
+    assert [isinstance(part, Slot) for part in parts] == [False] * 3 + [True] * 5 + [False]  # the pack is in one place
+    *before, after = (part for part in parts if isinstance(part, str))
+    assert f"{''.join(before)}<VideoHere>{after}" == "<s><s>" + PUBLISHED  # <FeatureHere> stays a text
 
 
 def test_question_first_layout_ends_with_the_embeddings():
@@ -121,8 +122,10 @@ def test_targets_follow_the_layout():
 
 
 def test_a_conversation_goes_on_as_llama_2_has_it():
-    assert next_turn("He smiles.", "reason", "Why?") == ["He smiles. </s><s>", "[INST] [reason] Why? [/INST]"]
-    assert next_turn("He smiles.", "reason", "Why?", chat_template=False) == ["He smiles. </s><s>", "[reason] Why?"]
+    for chat_template, asked in ((True, "[INST] [reason] Why? [/INST]"), (False, "[reason] Why?")):
+        turn = next_turn("He smiles.", "reason", "Why?", chat_template)
+        assert turn == ["He smiles. ", "</s>", "<s>", asked]
+        assert [isinstance(part, Special) for part in turn] == [False, True, True, False]
 
 
 def test_absent_parts():

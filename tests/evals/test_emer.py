@@ -14,8 +14,9 @@ from evals.local import Local
 from evals.openset import Synonyms
 from model.generate import generate
 from model.llm import Llama
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.toy import make_toy_llm
+from tests.qwen import make_qwen
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,19 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge") / "llama"
     make_toy_llm(folder, ["[INST] What does the person feel? [/INST] a score of 7", "sad, happy"], hidden=32, layers=1)
     return folder
+
+
+def test_a_local_judge_of_qwen2_s_kind_is_asked_in_its_own_layout(tmp_path, monkeypatch):
+    make_qwen(tmp_path)
+    monkeypatch.setattr(local, "LONGEST", 4)
+    tokenizer = load_tokenizer(tmp_path)
+    written = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nfeel?<|im_end|>\n"
+    asked = tokenizer.encode(f"{written}<|im_start|>assistant\n")
+    assert local.prompt(("feel?",), tokenizer) == asked
+    following = tokenizer.encode("odd<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")
+    assert local.prompt(("feel?", "odd", "again"), tokenizer) == [*asked, *following]
+    [(_, reply)] = Local(str(tmp_path), CPU).complete([("feel?",)])
+    assert (reply.tokens_in, reply.problem) == (len(asked), "")
 
 
 def test_a_local_judge_replies_as_the_model_does(llama, monkeypatch):

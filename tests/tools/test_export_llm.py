@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from common import checkpoint, config
 from common.config import UserError
 from common.weights import identity
+from data.prompts import encode_answer
 from model import mllm
 from model.llm import Llama, LlamaConfig
 from model.mllm import MllmConfig
 from model.tokenizer import Tokenizer
+from tests.qwen import make_qwen
 from tests.training import run as run_script
 from tools import export
 
@@ -263,6 +265,39 @@ def test_mistakes(merr, tmp_path):
             run(tmp_path / "run", form, *argv)
         assert says in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_trained_run_of_qwen2_s_kind(merr, tmp_path):
+    """Trained, evaluated, answered by and exported as one of Llama's kind; its checkpoint needs no other tokenizer."""
+    import predict
+    import train_llm
+
+    base = tmp_path / "base"
+    make_qwen(base)
+    argv = [*merr.argv, "--llm", base, "--out", tmp_path / "run", "--epochs", 1, "--iters-per-epoch", 2,
+            "--batch-size", 2]  # fmt: skip
+    assert run_script(train_llm, argv) == 0
+    for name in ("vocab.json", "merges.txt"):
+        (base / name).unlink()
+    folder = checkpoint.resolve(tmp_path / "run")
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "tokenizer.model").exists()
+    predictor = predict.load(folder)
+    found = predictor(text="we leave today", features={"voice": [1.0] * 5})
+    assert sum(found["probabilities"].values()) == pytest.approx(1)
+    assert isinstance(predictor(text="we leave", features={"voice": [1.0] * 5}, question="Why?")["answer"], str)
+    words = predictor.tokenizer
+    assert encode_answer("sad", words.encode)[-1] == words.specials["<|im_end|>"]
+
+    run(tmp_path / "run", "huggingface")
+    place = tmp_path / "run" / "export" / "huggingface"
+    merged = transformers.AutoModelForCausalLM.from_pretrained(place)
+    check(predictor.mllm, merged)
+    assert merged.generation_config.eos_token_id == words.eos_id
+    again = transformers.AutoTokenizer.from_pretrained(place)
+    for text in ("I'm  here 12", "你好\n", "<|im_start|>user\n"):
+        assert again.encode(text) == words.encode(text)
+    assert again.convert_tokens_to_ids("<|im_end|>") == words.eos_id
 
 
 @pytest.mark.skipif("EMOTORCH_DATA" not in os.environ, reason="EMOTORCH_DATA names the folder of shared data")

@@ -6,20 +6,19 @@ One function makes the prompt of a turn for training, for evaluation and for use
 import functools
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from common.config import UserError, opt
-from data.history import MEM
+from data.chat import chatml
 from data.mesc import CHAT, EMOTIONS, STRATEGIES, Turn, Utterance
-from data.prompts import Slot, join_texts
+from data.prompts import Encode, Slot, encode_answer, encode_segments, join_texts
 
 SLOTS = ("video", "audio", "history")
 MODALITIES = (*SLOTS, "text")
 LAYOUTS = ("clean", "original")
-END = "<|im_end|>"
 FIELDS = {
     "client_emotion": "Client's emotion",
     "therapist_emotion": "Therapist's emotion",
@@ -75,7 +74,7 @@ class Sample:
 
 def format_target(turn: Turn) -> str:
     """The answer as the model writes it, a line a field; a field that is not known has none."""
-    return " \n".join(f"{FIELDS[name]}: {_plain(text)}" for name, text in _fields(turn).items() if text)
+    return " \n".join(f"{FIELDS[name]}: {text.strip()}" for name, text in _fields(turn).items() if text)
 
 
 def parse_answer(text: str) -> dict[str, str | None]:
@@ -114,7 +113,7 @@ def messages(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> list[tupl
     asked = [name for name, text in _fields(turn).items() if text or not turn.therapist]
     present = [name for name in SLOTS if name in slots and name in cfg.modalities]
     past = [said for group in _recent(turn, cfg) for said in group]
-    chat: list[tuple[str, Segments]] = [(CHAT[said.role], [_plain(said.text)]) for said in past]
+    chat: list[tuple[str, Segments]] = [(CHAT[said.role], [said.text.strip()]) for said in past]
     if cfg.layout == "original":
         lines, gap, task = _original(turn, cfg, present, asked, len(past) > 0), " \n", EXPERT
     else:
@@ -126,14 +125,8 @@ def messages(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> list[tupl
 
 
 def segments(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> Segments:
-    """The prompt up to where the answer begins, as texts, each tokenised on its own, and slots.
-
-    A text ends at a special token or at a slot, so that it is tokenised as it would be in the whole prompt.
-    """
-    parts: Segments = []
-    for role, content in messages(turn, cfg, slots):
-        parts += join_texts([f"<|im_start|>{role}\n", *content, f"{END}\n"])
-    return [*parts, "<|im_start|>assistant\n"]
+    """The prompt up to where the answer begins, as texts, each tokenised on its own, control tokens and slots."""
+    return chatml(messages(turn, cfg, slots), system=None)
 
 
 def make_sample(
@@ -141,7 +134,7 @@ def make_sample(
     values: dict[str, Tensor],
     slots: Mapping[str, int],
     cfg: PromptConfig,
-    encode: Callable[[str], list[int]],
+    encode: Encode,
     most: int,
     room: int = 0,
 ) -> Sample:
@@ -153,11 +146,10 @@ def make_sample(
     """
     encode = functools.cache(encode)
     target = format_target(turn)
-    answer = encode(target + END) if target else []
+    answer = encode_answer(target, encode) if target else []
 
     def pieces(kept: dict[str, int]) -> list[list[int] | str]:
-        parts = segments(_shortened(turn, cfg, kept), cfg, slots)
-        return [encode(part) if isinstance(part, str) else part.name for part in parts]
+        return encode_segments(segments(_shortened(turn, cfg, kept), cfg, slots), encode)
 
     def size(kept: dict[str, int]) -> int:
         positions = (slots[piece] if isinstance(piece, str) else len(piece) for piece in pieces(kept))
@@ -207,14 +199,9 @@ def _fields(turn: Turn) -> dict[str, str | None]:
     return dict(zip(FIELDS, known, strict=True))
 
 
-def _plain(text: str) -> str:
-    """A text from outside, in which nothing stands for a token of the chat or of the compressor."""
-    return text.strip().replace("<|", "< |").replace(MEM, f"< {MEM[1:]}")
-
-
 def _told(text: str, title: str, cfg: PromptConfig) -> list[Segments]:
     """A line of the prompt for one of the turn's texts, if there is one."""
-    return [[f"{title}: {_plain(text)}"]] if text.strip() and "text" in cfg.modalities else []
+    return [[f"{title}: {text.strip()}"]] if text.strip() and "text" in cfg.modalities else []
 
 
 def _task(cfg: PromptConfig, asked: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from common.config import UserError
 
-# option -> the package it needs; all three are optional (requirements-extra.txt)
-PACKAGES = {"bleu": "sacrebleu", "rouge": "rouge_score", "meteor": "nltk"}
+# option -> the package it needs; all are optional (requirements-extra.txt)
+PACKAGES = {"bleu": "sacrebleu", "rouge": "rouge_score", "meteor": "nltk", "bleu_published": "nltk"}
 INSTALL = "pip install -r requirements-extra.txt"
 GRAM = 3  # words that must stand together for a part of an answer to count as taken from the transcript
 
@@ -73,7 +74,11 @@ def check(names: Sequence[str]) -> None:
 
 
 def compare(records: Sequence[dict], names: Sequence[str]) -> dict[str, float]:
-    """BLEU (0 to 100), ROUGE-1, ROUGE-L and METEOR (0 to 1) of the records that have a target."""
+    """BLEU (0 to 100), ROUGE-1, -2 and -L and METEOR (0 to 1) of the records that have a target.
+
+    bleu is BLEU-4 of the whole corpus, bleu1 to bleu3 are those of shorter n-grams. bleu_published (0 to 1) is what
+    MultiMood reports as BLEU-2: the mean over sentences, with weights of 0.99 and 0.01.
+    """
     pairs = [(record["target"], record["answer"]) for record in records if record.get("target")]
     if names and not pairs:
         raise UserError(f"--text-metrics {names[0]}: no answer has a reference to be compared with")
@@ -87,12 +92,28 @@ def compare(records: Sequence[dict], names: Sequence[str]) -> dict[str, float]:
 def _bleu(pairs: list[tuple[str, str]]) -> dict[str, float]:
     sacrebleu = importlib.import_module("sacrebleu")
     references, answers = [truth for truth, _ in pairs], [answer for _, answer in pairs]
-    return {"bleu": sacrebleu.corpus_bleu(answers, [references]).score}
+    orders = {"bleu": 4, "bleu1": 1, "bleu2": 2, "bleu3": 3}
+    return {
+        name: sacrebleu.BLEU(max_ngram_order=order).corpus_score(answers, [references]).score
+        for name, order in orders.items()
+    }
+
+
+def _bleu_published(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    nltk, bleu = (importlib.import_module(name) for name in ("nltk", "nltk.translate.bleu_score"))
+    try:
+        cut = [[nltk.word_tokenize(text.lower()) for text in pair] for pair in pairs]
+    except LookupError:
+        raise UserError("--text-metrics bleu_published needs punkt: python -m nltk.downloader punkt_tab") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of answers without a pair of words in common
+        found = [bleu.sentence_bleu([truth], answer, weights=(0.99, 0.01)) for truth, answer in cut]
+    return {"bleu_published": sum(found) / len(found)}
 
 
 def _rouge(pairs: list[tuple[str, str]]) -> dict[str, float]:
     rouge = importlib.import_module("rouge_score.rouge_scorer")
-    kinds = ["rouge1", "rougeL"]
+    kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = rouge.RougeScorer(kinds, use_stemmer=True)
     found = [scorer.score(truth, answer) for truth, answer in pairs]
     return {kind.lower(): sum(each[kind].fmeasure for each in found) / len(found) for kind in kinds}
@@ -111,4 +132,5 @@ COMPARE: dict[str, Callable[[list[tuple[str, str]]], dict[str, float]]] = {
     "bleu": _bleu,
     "rouge": _rouge,
     "meteor": _meteor,
+    "bleu_published": _bleu_published,
 }

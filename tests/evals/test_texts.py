@@ -1,6 +1,7 @@
 """Figures of answers: what is generic, what echoes, and the optional metrics against their own packages."""
 
 import importlib
+import math
 import subprocess
 import sys
 
@@ -48,7 +49,12 @@ def test_an_echo_is_a_stretch_of_the_transcript(answer, said, expected):
 
 
 def test_without_the_packages_the_message_says_what_to_install():
-    for name, package in (("bleu", "sacrebleu"), ("rouge", "rouge-score"), ("meteor", "nltk")):
+    for name, package in (
+        ("bleu", "sacrebleu"),
+        ("rouge", "rouge-score"),
+        ("meteor", "nltk"),
+        ("bleu_published", "nltk"),
+    ):
         code = (
             f"import sys; sys.modules['{package.replace('-', '_')}'] = None\nfrom common.config import UserError\n"
             f"from evals import texts\ntry:\n    texts.check(['{name}'])\nexcept UserError as error:\n    print(error)"
@@ -75,11 +81,34 @@ def test_bleu():
     pytest.importorskip("sacrebleu")
     assert texts.compare(records(PAIRS[0]), ["bleu"])["bleu"] == pytest.approx(100)
     assert 0 < texts.compare(records(*PAIRS), ["bleu"])["bleu"] < 100
+    # 5 of 5 words and 3 of 4 pairs of words, one of 3 triples and none of 2 fours, which counts as a half; too short
+    found = texts.compare(records(("the cat sat on the mat", "the cat on the mat")), ["bleu"])
+    for n, name in enumerate(("bleu1", "bleu2", "bleu3", "bleu"), 1):
+        shares = (1, 3 / 4, 1 / 3, 1 / 4)[:n]
+        assert found[name] == pytest.approx(100 * math.exp(1 - 6 / 5) * math.prod(shares) ** (1 / n)), name
+
+
+def test_bleu_as_published(monkeypatch):
+    nltk = pytest.importorskip("nltk")
+    try:
+        nltk.word_tokenize("he")
+    except LookupError:
+        with pytest.raises(UserError) as error:
+            texts.compare(records(*PAIRS), ["bleu_published"])
+        assert str(error.value) == "--text-metrics bleu_published needs punkt: python -m nltk.downloader punkt_tab"
+    monkeypatch.setattr(nltk, "word_tokenize", str.split)
+    found = texts.compare(
+        records(("the cat sat on the mat", "The cat on the mat"), ("he is sad", "")), ["bleu_published"]
+    )
+    assert found == {"bleu_published": pytest.approx(math.exp(1 - 6 / 5) * (3 / 4) ** 0.01 / 2)}
 
 
 def test_rouge():
     pytest.importorskip("rouge_score")
-    assert texts.compare(records(*PAIRS), ["rouge"]) == pytest.approx({"rouge1": 0.5, "rougel": 0.5})
+    assert texts.compare(records(*PAIRS), ["rouge"]) == pytest.approx({"rouge1": 0.5, "rouge2": 0.5, "rougel": 0.5})
+    # 5 and 6 words: 5 in common, 3 pairs of words of 4 and 5, the longest common row of 5
+    found = texts.compare(records(("the cat sat on the mat", "the cat on the mat")), ["rouge"])
+    assert found == pytest.approx({"rouge1": 10 / 11, "rouge2": 6 / 9, "rougel": 10 / 11})
 
 
 def test_meteor():

@@ -74,6 +74,10 @@ class Config:
     )  # fmt: skip
     precision: str = opt("bf16", "arithmetic; fp32 on a CPU", "--precision", choices=("fp32", "bf16", "fp16"))
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
+    compile: bool = opt(
+        False, "torch.compile norms, rotations and MLPs of the language model: a minute before the first step",
+        "--compile",
+    )  # fmt: skip
     shard: str | None = opt(
         None, "hold a part of the weights on each process (FSDP2); full: gather a layer's only while it runs (ZeRO-3), "
         "grads: keep them until its backward pass (ZeRO-2)", "--shard", choices=("grads", "full"), bare="full",
@@ -150,6 +154,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     order, iters = plan(cfg, parts, per_step, say)
     if cfg.model.normalize and start is None:
         mllm.set_statistics(features.statistics(parts[0].clips))
+    if cfg.compile:
+        mllm.llm.compile_parts()
     if cfg.shard:
         dist.connect(here, sharded=True)
         layers, release = mllm.llm.model.layers, cfg.shard == "full"

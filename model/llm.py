@@ -182,7 +182,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         dim, bias = config.hidden_size, config.attention_bias
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.rotate = layer, config.head_dim, rotate
         self.q_proj = Linear(dim, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = Linear(dim, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -191,7 +191,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, T, H, Dh)
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)  # (B, T, H, Dh)
         y = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, H * Dh)
 
@@ -284,6 +284,15 @@ class Llama(nn.Module):
         llm.coverage = load_strict(llm, folder, kept, device, ignore, then=shrink, mapped=mapped)
         llm.tie()
         return llm.eval()
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compiles norms, rotations and MLPs, each once for all layers and lengths; attention has its own kernels."""
+        turn = torch.compile(rotate, dynamic=True, backend=backend)
+        for module in self.modules():
+            if isinstance(module, RMSNorm | MLP):
+                module.compile(dynamic=True, backend=backend)
+            elif isinstance(module, Attention):
+                module.rotate = turn
 
     def save_pretrained(
         self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = SHARD

@@ -185,6 +185,24 @@ def test_gradient_checkpointing_recomputes_layers_to_the_same_gradients():
             torch.testing.assert_close(found, plain, atol=0, rtol=0)
 
 
+def test_compiled_parts_compute_what_they_did():
+    from torch._dynamo.utils import counters
+
+    llm, found = small().train(), []
+    counters.clear()
+    batches = [torch.randint(0, 97, (1, n)) for n in (9, 12, 17)]
+    for compiled in (False, True):
+        if compiled:
+            llm.compile_parts(backend="aot_eager")
+        llm.zero_grad()
+        outputs = [llm(ids) for ids in batches]
+        sum(output.square().mean() for output in outputs).backward()
+        found.append([*outputs, *(p.grad.clone() for p in llm.parameters())])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6  # not one a layer, nor one a length
+
+
 def test_dtype_and_stray_buffers_on_load(tmp_path):
     llm = small(tie_word_embeddings=True)
     llm.save_pretrained(tmp_path)

@@ -44,6 +44,7 @@ from bench.llm_train import (
     hf_config,
     make_weights,
     memory,
+    ratio,
     spread,
     unmeasured,
 )  # fmt: skip
@@ -262,7 +263,7 @@ def decoding(variants: dict[str, Any], job: Job, rounds: int) -> list[str]:
                       [t.memory for t in each]]
             for variant, each in turns.items()
         }  # fmt: skip
-        ratios = [[a / b for a, b in zip(*both, strict=True)] for both in zip(*columns.values(), strict=True)]
+        ratios = [[ratio(a, b) for a, b in zip(*both, strict=True)] for both in zip(*columns.values(), strict=True)]
         lines += [
             f"| {name}: {case.batch} of {case.lengths[0]} to {case.lengths[1]}, {case.new} new | "
             f"{' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|",

@@ -536,7 +536,7 @@ def rows(turns: dict[str, list[Turn]], starts: dict[str, float]) -> list[str]:
     for name, each in turns.items():
         lines.append(f"| {name} | {' | '.join(map(spread, columns(each)))} | {starts[name]:.3g} |")
     both = zip(*map(columns, turns.values()), strict=True)
-    ratios = [spread([a / b for a, b in zip(ours, theirs, strict=True)]) for ours, theirs in both]
+    ratios = [spread([ratio(a, b) for a, b in zip(ours, theirs, strict=True)]) for ours, theirs in both]
     return [*lines, f"| ours / theirs | {' | '.join(ratios)} | {starts['ours'] / starts[PEER]:.3g} |"]
 
 
@@ -558,6 +558,11 @@ def weight_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], limit
     if not gaps[worst] <= limit:
         raise UserError(f"{worst}: trained weights differ by {gaps[worst]:.2g}: they do not do the same work")
     return gaps[worst]
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """Not a number beside nothing, as the memory of the smallest model may be."""
+    return ours / theirs if theirs else float("nan")
 
 
 def spread(values: list[float]) -> str:

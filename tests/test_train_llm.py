@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # the optimiser loads it: seconds that no forked rank spends, once it is here
+import torch._dynamo  # DDP loads it: a second that no forked rank spends, once it is here
 import torch.utils.tensorboard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import torch
-import torch._dynamo  # the optimiser loads it: seconds that no forked rank spends, once it is here
-import torch.utils.tensorboard
+import torch._dynamo  # noqa: F401 (DDP loads it: a second that no forked rank spends, once it is here)
+import torch.utils.tensorboard  # noqa: F401
 
 from common import checkpoint, config
+from common.optim import AdamW
 from data import mock_speech
 from data.features import FeatureStore, StoreWriter
 from data.manifest import read_manifest, write_manifest
@@ -46,14 +46,14 @@ def error(script, argv, capsys):
 def stopped_inside(script, argv, step):
     """A run that gets SIGTERM as its optimiser takes this step; for a process of its own."""
     taken = iter(range(1, 10**6))
-    take = torch.optim.AdamW.step
+    take = AdamW.step
 
     def counted(self, *args):
         if next(taken) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
-    torch.optim.AdamW.step = counted
+    AdamW.step = counted
     return run(script, argv)
 
 

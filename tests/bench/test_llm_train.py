@@ -1,6 +1,7 @@
 """The training benchmark: both variants on the tiny model, and what it refuses."""
 
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -43,6 +44,8 @@ def tables(text):
 def here(monkeypatch):
     monkeypatch.setattr(bench, "Apart", Here)
     monkeypatch.setattr(bench.dist, "keep_memory", lambda: None)
+    # this process may keep what other tests freed
+    monkeypatch.setattr(bench, "memory", {"VmRSS": 100.0, "VmHWM": 150.0}.__getitem__)
 
 
 def job(case, folder, steps=3):
@@ -67,7 +70,8 @@ def test_every_case_is_measured_and_both_train_alike(monkeypatch, tmp_path, caps
             seconds, samples, tokens, memory, share, first = (float(cell.split()[0]) for cell in rows[name])
             assert samples == pytest.approx(bench.CASES["tiny"][case].samples / seconds, rel=0.01)
             assert samples < tokens
-            assert min(memory, share, first) > 0
+            assert min(share, first) > 0
+            assert memory == 50
         assert len(rows["ours / theirs"]) == len(bench.COLUMNS)
     assert text.count("losses of 4 steps within ") == 3
     assert set(map(tuple, found["--size 7b, needs a GPU"].values())) == {("not measured",)}
@@ -91,6 +95,15 @@ def test_gaps():
         bench.weight_gap(a, b, 1e-3)
     with pytest.raises(UserError, match="in one of the two only: b"):
         bench.weight_gap(a, {"a": np.ones(4)}, 1e-3)
+
+
+def test_memory_is_that_of_the_process():
+    before = bench.memory("VmRSS")
+    with mmap.mmap(-1, 2**28) as held:  # nothing that a heap may have already
+        for page in range(0, 2**28, 4096):
+            held[page] = 1
+        assert bench.memory("VmRSS") - before == pytest.approx(256, abs=16)
+    assert bench.memory("VmHWM") > before + 200
 
 
 def test_samples_are_as_long_as_the_case_says():

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import torch._dynamo  # noqa: F401 (DDP loads it: a second that no forked rank spends, once it is here)
+import torch._dynamo  # DDP loads it: a second that no forked rank spends, once it is here
 import torch.utils.tensorboard  # noqa: F401
 
 from common import checkpoint, config

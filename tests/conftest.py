@@ -22,6 +22,7 @@ import yaml
 from common import dist
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start: two of them share two cores
 # renews torch's pool of threads in the child, before autograd's own, which sharded tensors start, can race for it
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 FORK = get_context("fork")

@@ -4,15 +4,11 @@ $ python train_llm.py --fast
 $ torchrun --nproc-per-node 4 train_llm.py --cfg configs/stage1.yaml
 """
 
-import csv
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,40 +16,19 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import checkpoint, config, dist, metrics, optim, shard
+from common import checkpoint, config, dist, optim, shard
 from common.config import UserError, opt
-from common.log import Logger, confusion_image
+from common.log import Logger
 from common.optim import OptimConfig, lr_at, stages
 from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
-from data.clips import ClipData, DataConfig, Features, check, label_gaps, load_replay, load_splits, load_test
-from data.features import StoreWriter, encode_clip
+from data.clips import ClipData, DataConfig
 from data.loader import Order, by_length, part_of, window, windows
-from data.manifest import Clip
-from data.merr import load_merr
-from data.mock import make_mock
-from data.prompts import emotion_question, segments
-from evals import emotion, sizes, texts
+from evals import emotion
+from evals.clips import ClipTask, prepare_fast
 from evals.emotion import DecodeConfig
-from model.encoders import load as load_encoder
-from model.mllm import Batch, Mllm, MllmConfig, build, checkpoint_files, load_visual, pack
+from model.mllm import Batch, Mllm, MllmConfig, build, checkpoint_files, pack
 from model.published import load_published
-from model.tokenizer import Tokenizer
-from model.toy import make_toy_llm
-
-LOGGED = ("loss", "accuracy", "uar", "weighted_f1", "macro_f1", "clue_overlap", "label_overlap", "invalid")
-FAST_CLIPS = (600, 120)  # train and test
-# --fast: everything is made on the spot (data/mock.py, model/toy.py), nothing is downloaded
-FAST = {
-    "model.full": True, "model.features": {"face": 0, "voice": 0}, "model.normalize": True, "model.visual": "patches",
-    "model.image_size": 56, "model.grad_checkpoint": False, "data.task_pool": {"emotion": 1.0},
-    "data.valid_share": 0.12,
-    "data.labels": ["happy", "sad", "neutral", "angry", "worried", "surprise"], "data.enable_augmentation": True,
-    "data.augmentations": {"noise": 0.6, "streams": 0.6}, "optim.lr": 1.5e-3, "optim.min_lr": 1e-4,
-    "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 15,
-    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 5, "save_every": 5,
-    "save_best": True, "test": True, "decode.max_new_tokens": 8, "eval_batch_size": 32,
-}  # fmt: skip
 
 
 @dataclass
@@ -124,7 +99,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if here.device.type == "cpu":
         dist.keep_memory()
     if cfg.dry_run:
-        return dry_run(cfg, say)
+        return ClipTask(cfg).dry_run(say)
     cfg, start = resume_or_start(cfg, "llm", say)
     out = Path(cfg.out)
     precision = cfg.precision if here.device.type == "cuda" else "fp32"  # bf16 is slower than fp32 on most CPUs
@@ -133,14 +108,12 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    splits, features, _, previous, tested, *_ = together(
-        lambda: load_splits(cfg.data, cfg.seed, cfg.evaluate, say),
-        lambda: Features(cfg.model.rows(), cfg.model.visual, cfg.data, load_visual(cfg.model, here.device)),
+    task = ClipTask(cfg)
+    _, previous, *_ = together(
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
-        lambda: load_test(cfg.data, say) if cfg.test else [],  # a missing list must not end a run after its training
-        lambda: check(cfg.data),
-        lambda: check_choice(cfg),
+        *task.opens(here.device, say),
+        lambda: check_choice(cfg, task),
         lambda: check_shard(cfg, here.device),
         lambda: stages(cfg.optim),
     )
@@ -149,11 +122,13 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     mllm, tokenizer = build(cfg.model, torch.float32 if cfg.model.full else dtype, home, start, mapped)
     if mllm.llm.coverage:
         say(f"{cfg.model.llm}: {mllm.llm.coverage}")
-    parts, valid = make_datasets(cfg, splits, tested, features, tokenizer, say)
+    parts = task.parts(tokenizer, say)
+    if cfg.patience and not task.valid:
+        raise UserError("--patience: there are no validation clips (--valid-file, or --data.valid-share above 0)")
     per_step = cfg.batch_size * here.world * cfg.accum
     order, iters = plan(cfg, parts, per_step, say)
-    if cfg.model.normalize and start is None:
-        mllm.set_statistics(features.statistics(parts[0].clips))
+    if start is None:
+        task.fit(mllm)
     if cfg.compile:
         mllm.llm.compile_parts()
     if cfg.shard:
@@ -162,8 +137,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         shard.shard(mllm, layers, here, dtype, release, cfg.offload, ("score", "generate"))
     optimizer = optim.build(mllm, cfg.optim)
     progress = begin(cfg, mllm, optimizer, scaler, start, previous, here, say)
-    for part in parts:
-        part.blank = mllm.means()
+    task.follow(mllm)
 
     dist.connect(here)
     lock = dist.main_first(here, partial(open_run, cfg, out, start))
@@ -180,8 +154,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}{cut}; {iters} steps "
         f"an epoch, {total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
     facts = {
-        "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": cfg.data.labels,
-        "features": features.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
+        "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": task.labels,
+        "features": task.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
         "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     files = checkpoint_files(mllm, tokenizer)
@@ -253,9 +227,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
             bar.set_postfix(loss=f"{numbers['loss']:.3f}")
 
         name, better = f"epoch_{epoch:03d}", False
-        if at_end and valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
+        if at_end and task.valid and cfg.evaluate and (epoch % cfg.eval_every == 0 or step == total):
             with scoring():
-                better = validate(cfg, mllm, tokenizer, valid, asked, amp, log, progress, name)
+                scores = task.validate(mllm, tokenizer, asked, amp, log, step)
+            better = progress.scored(cfg, task, scores, epoch, name)
         ended = progress.ended(cfg, total)
         if at_end and (epoch % cfg.save_every == 0 or better or ended):
             save(name)
@@ -275,11 +250,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         results = facts | vars(progress) | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
         say(f"finished: {out / 'checkpoints'}{progress.summary(cfg, total)}")
         warn_overfit(progress.history, say)
-        if tested:
+        if cfg.test:
             checkpoint.load_model(mllm, out / "checkpoints" / ("best" if progress.best else "last"))
-            test = ClipData(tested, features, cfg.data, tokenizer.encode)
             with scoring():
-                results["test"] = final_test(cfg, mllm, tokenizer, test, asked, say)
+                results["test"] = task.test(mllm, tokenizer, asked, say)
         if here.main:
             (out / "results.json").write_text(json.dumps(results, indent=1))
     log.close()
@@ -303,7 +277,7 @@ def together(*attempts: Callable) -> list:
     return results
 
 
-def check_choice(cfg: Config) -> None:
+def check_choice(cfg: Config, task: ClipTask) -> None:
     """UserError where the run cannot choose a checkpoint, or stop, as it is asked to."""
     for flag, value in (("--patience", cfg.patience), ("--tokens-per-batch", cfg.tokens_per_batch)):
         if value < 0:
@@ -314,8 +288,8 @@ def check_choice(cfg: Config) -> None:
         raise UserError("--patience: needs --evaluate")
     if cfg.keep_best > 1 and not cfg.chooses():
         raise UserError("--keep-best: needs --save-best")
-    if cfg.evaluate and cfg.metric in emotion.OF_DESCRIPTIONS and valid_task(cfg) == "emotion":
-        raise UserError(f"--metric {cfg.metric}: --data.task-pool has no task with descriptions")
+    if cfg.metric not in task.METRICS:
+        raise UserError(f"--metric {cfg.metric}: not a score of these data ({', '.join(task.METRICS)})")
 
 
 def check_shard(cfg: Config, device: torch.device) -> None:
@@ -328,51 +302,6 @@ def check_shard(cfg: Config, device: torch.device) -> None:
         raise UserError("--shard: not in fp16, use --precision bf16")
     if cfg.shard and cfg.decode.temperature > 0:
         raise UserError("--shard: all processes must choose the same tokens, so --temperature must be 0")
-
-
-def valid_task(cfg: Config) -> str:
-    """What the validation clips are asked: their emotion where that is trained, else the heaviest other task.
-
-    A metric of descriptions asks for those.
-    """
-    others = {task: weight for task, weight in cfg.data.task_pool.items() if task != "emotion"}
-    if len(others) < len(cfg.data.task_pool) and cfg.metric not in emotion.OF_DESCRIPTIONS:
-        return "emotion"
-    return max(others, key=lambda task: others[task], default="emotion")
-
-
-def make_datasets(
-    cfg: Config, splits: dict[str, list[Clip]], tested: list[Clip], features: Features, tokenizer: Tokenizer,
-    say: Callable[[str], None],
-) -> tuple[list[ClipData], ClipData | None]:  # fmt: skip
-    """What is trained on, the run's own clips and perhaps replayed ones, and the validation clips."""
-    data = cfg.data
-    if not tested:
-        with suppress(UserError):  # it is only compared with, and need not be here
-            tested = load_test(data, lambda _: None)
-    replayed = load_replay(data, [*splits["valid"], *tested], say)
-    features.scan(splits["train"] + replayed, data.max_bad, say)
-    parts = []
-    if replayed:  # before our own clips: some may be both, and --speaker-norm is by the last that knew them
-        other = replace(data, task_pool=data.replay_tasks)
-        parts = [ClipData(replayed, features, other, tokenizer.encode, train=True, seed=cfg.seed)]
-    train = ClipData(splits["train"], features, data, tokenizer.encode, train=True, seed=cfg.seed)
-    say(f"train: {len(train)} clips ({train.coverage()}); classes {train.class_counts()}")
-    for part in parts:
-        share = f"{data.replay_ratio:.0%} of the samples"
-        say(f"replay: {len(part)} clips of {data.replay} ({part.coverage()}), {share}")
-    for line in label_gaps(data, {"train": train.clips, "valid": splits["valid"], "test": tested}):
-        say(line)
-    if train.augment:
-        say(f"augmentation: {', '.join(f'{name} {p:g}' for name, p in train.augment.items())}")
-    valid = ClipData(splits["valid"], features, cfg.data, tokenizer.encode) if splits["valid"] else None
-    if cfg.patience and valid is None:
-        raise UserError("--patience: there are no validation clips (--valid-file, or --data.valid-share above 0)")
-    task = valid_task(cfg)
-    described = valid is None or any(task in clip.captions for clip in valid.clips)
-    if cfg.evaluate and cfg.metric in emotion.OF_DESCRIPTIONS and not described:
-        raise UserError(f"--metric {cfg.metric}: no validation clip has a description for the task {task}")
-    return [train, *parts], valid
 
 
 def plan(cfg: Config, parts: list[ClipData], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:
@@ -458,9 +387,15 @@ class Progress:
     ranking: list[dict] = field(default_factory=list)  # the best, and those after it that --keep-best keeps
     stale: int = 0  # evaluations since the best
 
-    def note(self, cfg: Config, value: float, name: str) -> bool:
-        """Takes in the score that checkpoint `name` will have; True when it is among the best."""
-        sign = 1 if cfg.metric in emotion.LOWER else -1
+    def scored(self, cfg: Config, task: ClipTask, scores: dict, epoch: int, name: str) -> bool:
+        """Takes in the validation scores that checkpoint `name` will have; True when it is to be kept for them."""
+        if cfg.metric not in scores:
+            raise UserError(f"--metric {cfg.metric}: none of the validation clips that were scored gives it")
+        value = scores[cfg.metric]
+        self.history.append({"step": self.step, "epoch": epoch, "valid_loss": scores["loss"], cfg.metric: value})
+        if not cfg.chooses():
+            return False
+        sign = 1 if cfg.metric in task.LOWER else -1
         point = {"metric": cfg.metric, "value": value, "checkpoint": name}
         self.ranking = sorted([*self.ranking, point], key=lambda each: sign * each["value"])[: cfg.keep_best]
         self.best, self.stale = self.ranking[0], 0 if self.ranking[0] is point else self.stale + 1
@@ -513,76 +448,6 @@ class Meter:
         return numbers
 
 
-def validate(
-    cfg: Config, mllm: Mllm, tokenizer: Tokenizer, valid: ClipData, here: dist.Ranks, amp: Callable, log: Logger,
-    progress: Progress, name: str,
-) -> bool:  # fmt: skip
-    """Scores the validation clips, logs them beside the majority class, and says whether to keep checkpoint `name`."""
-    task, labels = valid_task(cfg), cfg.data.labels
-    decode = cfg.decode if task == "emotion" else replace(cfg.decode, decode="generate")
-    scores, records = emotion.evaluate(
-        mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, task, cfg.seed, cfg.eval_limit
-    )
-    scores["loss"] = emotion.loss(mllm, valid, here, cfg.eval_batch_size, task, amp)
-    numbers = {f"valid/{key}": scores[key] for key in (*LOGGED, cfg.metric) if key in scores}
-    numbers["valid/majority_weighted_f1"] = scores["majority"]["weighted_f1"]
-    told = texts.figures(records, {clip.id: clip.text for clip in valid.clips})
-    log(progress.step, **numbers, **{"valid/distinct_answers": told["distinct"]})
-    log.figure("valid/confusion", confusion_image(scores["confusion"], labels), progress.step)
-    log.say(f"  {task}: {texts.line(told)}")
-    for record in records[:3]:
-        line = f"{record['id']}: {record['label']} -> {record['answer']!r}"
-        log.say(f"  sample {line}")
-        log.text("valid/samples", line, progress.step)
-    if cfg.metric not in scores:
-        raise UserError(f"--metric {cfg.metric}: none of the {len(records)} clips that were scored gives it")
-    value = scores[cfg.metric]
-    point = {"step": progress.step, "epoch": int(name.split("_")[1]), "valid_loss": scores["loss"]}
-    progress.history.append(point | {cfg.metric: value})
-    return cfg.chooses() and progress.note(cfg, value, name)
-
-
-def prepare_fast(cfg: Config) -> Config:
-    """Makes clips, features, tokenizer and language model of --fast in the run folder; the config that uses them."""
-    out = Path(cfg.out or "out/llm_fast")
-    cfg = config.preset(cfg, FAST | {
-        "out": str(out), "model.llm": str(out / "base"), "data.data_root": str(out / "mock"),
-        "data.features_root": str(out / "features"), "batch_size": max(1, 8 // int(os.environ.get("WORLD_SIZE", 1))),
-    })  # fmt: skip
-    encoders = {
-        "face": (load_encoder("framestats"), "stats"), "voice": (load_encoder("logmel"), "stats"),
-        "patches": (load_encoder("framestats", image_size=cfg.model.image_size), "patches"),
-    }  # fmt: skip
-    width = {name: encoder.out_dim(pooling) for name, (encoder, pooling) in encoders.items()}
-    cfg.model.features, cfg.model.visual_width = {"face": width["face"], "voice": width["voice"]}, width["patches"]
-    if (out / "base" / "config.json").exists() and cfg.resume:
-        return cfg
-    shutil.rmtree(out, ignore_errors=True)
-    print(f"--fast: drawing and speaking {sum(FAST_CLIPS)} synthetic clips below {out / 'mock'}")
-    make_mock(out / "mock", *FAST_CLIPS, seed=cfg.seed, workers=2)
-    clips = [clip for file in (cfg.data.annotation_file, "relative_test3_NCEV.txt")
-             for clip in load_merr(out / "mock", file)[0]]  # fmt: skip
-    for name, (encoder, pooling) in encoders.items():
-        writer = StoreWriter(out / "features" / name, encoder.info(pooling))
-        with ThreadPoolExecutor(2) as pool:
-            for clip, value in zip(
-                clips, pool.map(partial(encode_clip, encoder=encoder, pooling=pooling), clips), strict=True
-            ):
-                writer.add(clip.id, value)
-        writer.close()
-        writer.finish()
-    question = emotion_question(cfg.data.labels)
-    known = [clip for clip in clips if clip.id.startswith("sample_")]  # the test clips' sentences stay unseen
-    written = [
-        "".join(part for part in segments("emotion", question, clip.text, []) if isinstance(part, str))
-        for clip in known
-    ]
-    make_toy_llm(
-        out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed
-    )
-    return cfg
-
-
 def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
     """Says so when the loss on unseen clips rose while the training loss fell."""
     valid = [(point["step"], point["valid_loss"]) for point in history if "valid_loss" in point]
@@ -594,40 +459,6 @@ def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
                 f"overfitting: valid loss was lowest ({low:.4f}) at step {at} and ended at {valid[-1][1]:.4f}, while "
                 f"the train loss fell to {losses[-1]:.4f}: stop earlier, or raise --dropout or --weight-decay"
             )
-
-
-def final_test(cfg: Config, mllm: Mllm, tokenizer: Tokenizer, test: ClipData, here: dist.Ranks, say: Callable) -> dict:
-    """Scores on the test split by both ways of decoding; --fast also with one kind of stream at a time."""
-    runs = {"score": [], "generate": []}
-    cues: dict[str, set[str]] = {}
-    if cfg.fast:
-        runs |= {"visual only": ["image", "cls", "face"], "audio only": ["voice"], "text only": ["text"]}
-        with open(Path(cfg.data.data_root) / "cues.csv") as file:
-            cues = {row.pop("id"): {kind for kind, has in row.items() if has == "1"} for row in csv.DictReader(file)}
-    results = {}
-    for name, streams in runs.items():
-        settings = replace(cfg.decode, decode="generate" if name == "generate" else "score")
-        part = test.only(streams) if streams else test  # not only([]), which would undo --data.streams
-        scores, records = emotion.evaluate(
-            mllm, tokenizer, part, cfg.data.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
-        )
-        carrying = [r["prediction"] == r["label"] for r in records if name.split()[0] in cues.get(r["id"], ())]
-        if carrying:
-            scores["accuracy_on_carriers"] = sum(carrying) / len(carrying)
-        on = f"  on the {len(carrying)} clips with that cue {scores['accuracy_on_carriers']:.4f}" if carrying else ""
-        results[name] = scores
-        say(f"test, {name:<11}: {metrics.line(scores)}{on}")
-    say(metrics.table(results["score"], results["score"]["majority"]))
-    return results
-
-
-def dry_run(cfg: Config, say: Callable[[str], None]) -> None:
-    """Prints what the run would cost; uses a clip of the data where they are here."""
-    try:
-        clip = load_splits(cfg.data, cfg.seed, False, lambda _: None)["train"][0]
-    except UserError:
-        clip = None
-    sizes.report(cfg.model, cfg.data, cfg.batch_size, clip, say)
 
 
 if __name__ == "__main__":

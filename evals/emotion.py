@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,10 +226,9 @@ def fold_table(scores: dict) -> str:
 
 
 @torch.inference_mode()
-def loss(mllm: Mllm, data: ClipData, here: dist.Ranks, batch_size: int, task: str, amp: Callable) -> float:
-    """Mean cross entropy of an answer token over the clips that have a target for `task`, in nats."""
-    mine = [data.sample(i, task=task) for i in range(here.rank, len(data), here.world)]
-    mine = [sample for sample in mine if sample.target]
+def loss(mllm: Mllm, samples: Sequence[Any], here: dist.Ranks, batch_size: int, amp: Callable) -> float:
+    """Mean cross entropy of an answer token, in nats, over those of all ranks' samples that have a target."""
+    mine = [sample for sample in samples if sample.target]
     was_training = mllm.training
     mllm.eval()
     total, tokens = 0.0, 0

@@ -5,8 +5,8 @@ The scan, the blocks and the readers of published weights are plain PyTorch, on 
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from common import checkpoint
 from common.config import UserError
-from common.weights import find_weights, load_strict, model_files, read_json, read_tensors
+from common.weights import find_weights, identity, load_strict, model_files, read_json, read_tensors
 from model.encoders.transformer import check_config, load_renamed
 from model.llm import RMSNorm
 
-INSIDE = "mamba_compressor."  # before the names of a compressor inside a MultiMood
+MEM = "<MEM>"  # the token whose state sums an utterance up
+INSIDE = ("mamba_compressor.", "projections.history.")  # before a compressor's names in a published MultiMood, in ours
 PROJECTION = "memory_projection.pt"  # in a compressor's own folder
 CHUNKS = {"cpu": (16, 1), "cuda": (128, 16)}  # (chunk, span): a CPU's cache holds few states, a GPU wants few calls
 
@@ -70,6 +72,10 @@ class MambaConfig:
         (vocab, width), (inner, states), (_, rank), (_, _, taps) = (tensors[name].shape for name in names)
         layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
         return cls(vocab, width, layers, inner, states, rank, taps)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a config.json."""
+        return {"model_type": "mamba", **asdict(self)}
 
 
 class Scan(torch.autograd.Function):
@@ -298,6 +304,21 @@ def own_name(name: str) -> str:
     return "embeddings.weight" if name == "embedding.weight" else name
 
 
+def checkpoint_folder(path: Path) -> Path | None:
+    """The checkpoint that a run folder, or a checkpoint of one, stands for; None for anything else."""
+    if (path / "checkpoints").is_dir() or (path / checkpoint.STATE).is_file():
+        return checkpoint.resolve(path, prefer="best")
+    return None
+
+
+def compressor_identity(path: str | os.PathLike) -> dict[str, Any]:
+    """What tells a compressor's weights from others."""
+    where = Path(path) if Path(path).is_file() else find_weights(path, "compressor weights")
+    files = identity(checkpoint_folder(where) or where)["files"]
+    inner = identity(where / "mamba")["files"] if (where / "mamba").is_dir() else {}
+    return {"name": str(path), "files": files | {f"mamba/{name}": value for name, value in inner.items()}}
+
+
 class Compressor(nn.Module):
     """Histories to one row of the language model's width for each <MEM> in them (MultiMood's MambaCompressor)."""
 
@@ -306,6 +327,7 @@ class Compressor(nn.Module):
         super().__init__()
         like = mamba.embeddings.weight
         self.mem_id, self.coverage = mem_id, mamba.coverage
+        self.fresh = False  # rows of its mamba were never trained
         self.mamba = mamba
         self.memory_projection = nn.Linear(like.shape[1], width, dtype=like.dtype, device=like.device)
 
@@ -319,7 +341,7 @@ class Compressor(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Compressor":
-        """Trained, from a folder of its own or a MultiMood's file or folder, or new on a Mamba; in eval mode.
+        """Trained, from a folder of its own, a MultiMood's or a run of ours, or new on a Mamba; in eval mode.
 
         A Mamba, of a folder or a hub name, gets a fresh projection and rows for the `vocab` tokens of the language
         model's tokenizer with <MEM>. UserError: there is none of these, or one for another tokenizer or width.
@@ -330,11 +352,16 @@ class Compressor(nn.Module):
             compressor = cls._of_folder(where, width, mem_id, dtype, device)
         elif config.is_file() and read_json(config).get("model_type") == "mamba":
             mamba = Mamba.from_pretrained(where, dtype, device)
-            mamba.grow(vocab)
+            grown = mamba.grow(vocab)
             compressor = cls(mamba, width, mem_id)
+            compressor.fresh = grown > 0
             compressor.coverage += "; memory_projection is new"
+        elif (run := checkpoint_folder(where)) is not None:
+            compressor = cls._of_tensors(checkpoint.read(run), run, width, mem_id).to(device, dtype)
         else:
-            compressor = cls._of_multimood(where, width, mem_id).to(device, dtype)
+            files = [where] if where.is_file() else model_files(where)
+            tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+            compressor = cls._of_tensors(tensors, where, width, mem_id).to(device, dtype)
         has = compressor.mamba.config.vocab_size
         if has < vocab:
             raise UserError(f"{where}: made for another tokenizer: it knows {has:,} tokens, not {vocab:,}")
@@ -356,19 +383,17 @@ class Compressor(nn.Module):
         return compressor
 
     @classmethod
-    def _of_multimood(cls, path: Path, width: int, mem_id: int) -> "Compressor":
-        """Of the tensors of a whole model, or of those that were trained beside its adapters."""
-        tensors: dict[str, Tensor] = {}
-        for file in [path] if path.is_file() else model_files(path):
-            named = {name.partition(INSIDE)[2]: tensor for name, tensor in read_tensors(file).items() if INSIDE in name}
-            tensors |= named
+    def _of_tensors(cls, whole: Mapping[str, Tensor], where: Path, width: int, mem_id: int) -> "Compressor":
+        """Of those of the tensors of a whole model, or of what was trained beside its adapters, that are its own."""
+        inside = [(name.partition(mark)[2], name) for name in whole for mark in INSIDE if mark in name]
+        tensors = {own: whole[name] for own, name in inside}
         if not tensors:
-            known = f"a Mamba, a folder with mamba/ and {PROJECTION}, or a MultiMood with tensors {INSIDE}*"
-            raise UserError(f"{path}: holds no compressor, which is {known}")
+            known = f"a Mamba, a folder with mamba/ and {PROJECTION}, a run of ours, or a MultiMood with {INSIDE[0]}*"
+            raise UserError(f"{where}: holds no compressor, which is {known}")
         inner = {name.removeprefix("mamba."): tensor for name, tensor in tensors.items() if name.startswith("mamba.")}
         with torch.device("meta"):
-            compressor = cls(Mamba(MambaConfig.of(inner, path)), width, mem_id)
-        compressor.coverage = load_renamed(compressor, tensors, [], path)
+            compressor = cls(Mamba(MambaConfig.of(inner, where)), width, mem_id)
+        compressor.coverage = load_renamed(compressor, tensors, [], where)
         return compressor
 
     def forward(self, histories: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -17,10 +17,14 @@ from model import encoders
 from model.generate import generate, score_labels
 from model.llm import Branched, Llama, LlamaConfig, Packed, worth_sharing
 from model.lora import add_lora
+from model.mamba import MEM, Compressor, Mamba, MambaConfig, compressor_identity
+from model.stc import connector, tokens
 from model.tokenizer import FILES, Tokenizer, load_tokenizer
+from model.towers import TowerConfig
 
 IGNORE_INDEX = -100
 PATCH = 14  # pixels: EVA ViT-g's patch
+COMPRESSOR = "compressor_config.json"  # in a checkpoint: the shape of the compressor that it holds
 CHUNK = 512  # labelled positions whose logits exist at one time
 
 
@@ -51,6 +55,7 @@ class MllmConfig:
     visual_width: int = opt(1408, "width of a visual token")
     image_size: int = opt(448, "side of the picture in pixels, one visual token per 14 x 14", "--image-size")
     merge: int = opt(4, "neighbouring patches (in raster order) joined to one token")
+    towers: TowerConfig = field(default_factory=TowerConfig)
     end_sym: str = opt("</s>", "the special token that ends an answer; </s>: the tokenizer's own (Qwen2: <|im_end|>)")
     max_txt_len: int = opt(1024, "longest answer in tokens")
     quant: str = opt(
@@ -78,10 +83,17 @@ class MllmConfig:
         visual = {"image": (self.patches, self.visual_width), "cls": (1, self.visual_width)} if self.visual else {}
         return visual | {name: (1, width) for name, width in self.features.items()}
 
-    def places(self, slot: str) -> int:
-        """Positions that a slot takes in the sequence."""
+    def places(self, slot: str, value: Tensor | None = None) -> int:
+        """Positions that a slot takes in the sequence; those of a history depend on its `value`."""
         if slot == "image":
             return self.patches // self.merge
+        if slot == "video":
+            towers = self.towers
+            return tokens(towers.mm_projector_type, towers.num_frames, towers.patches)
+        if slot == "audio":
+            return self.towers.audio_tokens
+        if slot == "history":
+            return 0 if value is None else int((value == value[-1]).sum())  # the last id is a mark, as are its equals
         return 1 if slot == "cls" else self.feature_tokens
 
 
@@ -103,7 +115,8 @@ class Batch:
     labels: Tensor  # (T,) IGNORE_INDEX but at answers
     positions: Tensor  # (T,) restart at every sample
     lengths: list[int]
-    slots: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> ((n,) places, (m, rows, width))
+    # name -> ((n,) places, (m, ...) values of the samples that have it); histories differ in length: a list of (t,) ids
+    slots: dict[str, tuple[Tensor, Tensor | list[Tensor]]] = field(default_factory=dict)
     shared: int = 0  # tokens with which all samples begin: before any slot, and before the last token of a prompt
 
     @property
@@ -114,7 +127,10 @@ class Batch:
         move = {
             f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
         }
-        slots = {name: (at.to(device), value.to(device)) for name, (at, value) in self.slots.items()}
+        slots = {
+            name: (at.to(device), value.to(device) if torch.is_tensor(value) else value)
+            for name, (at, value) in self.slots.items()
+        }
         return Batch(self.ids, lengths=self.lengths, slots=slots, shared=self.shared, **move)
 
 
@@ -132,7 +148,7 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
             if isinstance(piece, list):
                 input_ids += piece
                 continue
-            rows = cfg.places(piece)
+            rows = cfg.places(piece, sample.values[piece])
             places.setdefault(piece, []).extend(range(len(input_ids), len(input_ids) + rows))
             values.setdefault(piece, []).append(sample.values[piece])
             input_ids += [0] * rows
@@ -151,7 +167,10 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
         labels=torch.tensor(labels),
         positions=torch.cat([torch.arange(n) for n in lengths]),
         lengths=lengths,
-        slots={name: (torch.tensor(at), torch.stack(values[name])) for name, at in places.items()},
+        slots={
+            name: (torch.tensor(at), values[name] if name == "history" else torch.stack(values[name]))
+            for name, at in places.items()
+        },
         shared=alike(heads),
     )
 
@@ -208,9 +227,11 @@ class Projection(nn.Linear):
 
 
 class Mllm(nn.Module):
-    """Llama with adapters, and one projection a slot."""
+    """A language model with adapters, and what makes embeddings of each slot's values: a projection, or MultiMood's
+    connectors of video and sound and its `compressor` of the history.
+    """
 
-    def __init__(self, cfg: MllmConfig, llm: Llama) -> None:
+    def __init__(self, cfg: MllmConfig, llm: Llama, compressor: Compressor | None = None) -> None:
         super().__init__()
         if cfg.visual and (cfg.image_size % PATCH or cfg.patches % cfg.merge):
             raise UserError(
@@ -231,13 +252,24 @@ class Mllm(nn.Module):
             if cfg.normalize:
                 projection.start_at(llm.model.embed_tokens.weight[llm.config.bos_token_id or 0])
             self.projections[name] = projection
+        towers = cfg.towers
+        if towers.vision_tower:
+            tokens(towers.mm_projector_type, towers.num_frames, towers.patches)  # a UserError where they do not suit
+            self.projections["video"] = connector(towers.mm_projector_type, towers.vision_width, hidden)
+        if towers.audio_tower:
+            self.projections["audio"] = connector(towers.mm_projector_a_type, towers.audio_width, hidden)
+        if compressor is not None:
+            compressor.mamba.requires_grad_(not towers.freeze_mamba_compressor)
+            compressor.mamba.grad_checkpoint = cfg.grad_checkpoint
+            self.projections["history"] = compressor
 
     def embed(self, batch: Batch) -> Tensor:
-        """(1, T, D) embeddings: token embeddings, with every slot's places taken by its projection."""
+        """(1, T, D) embeddings: token embeddings, with every slot's places taken by what its values become."""
         x = self.llm.embed(batch.input_ids)[None]
         for name, (places, value) in batch.slots.items():
-            rows = self.projections[name](value).to(x.dtype)
-            x = x.index_copy(1, places, rows[None])
+            made = self.projections[name](value)
+            rows = torch.cat(made) if isinstance(made, list) else made.flatten(0, -2)
+            x = x.index_copy(1, places, rows[None].to(x.dtype))
         return x
 
     def forward(self, batch: Batch) -> Tensor:
@@ -283,7 +315,8 @@ class Mllm(nn.Module):
         """The means that set_statistics was given, by slot, on the CPU; empty where nothing is standardised."""
         if not self.cfg.normalize:
             return {}
-        return {name: module.get_buffer("mean").cpu() for name, module in self.projections.items()}
+        standardising = {name: each for name, each in self.projections.items() if isinstance(each, Projection)}
+        return {name: projection.mean.cpu() for name, projection in standardising.items()}
 
 
 class HeadLoss(torch.autograd.Function):
@@ -322,8 +355,12 @@ class HeadLoss(torch.autograd.Function):
 
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:
     """Small files that make a checkpoint stand alone: the language model's shape and the tokenizer."""
-    config = json.dumps(mllm.llm.config.to_json(), indent=1)
-    return {"llm_config.json": config.encode(), **tokenizer.files()}
+    shapes = {"llm_config.json": mllm.llm.config.to_json()}
+    if "history" in mllm.projections:
+        compressor: Any = mllm.projections["history"]
+        shapes[COMPRESSOR] = compressor.mamba.config.to_json()
+    files = {name: json.dumps(shape, indent=1).encode() for name, shape in shapes.items()}
+    return files | tokenizer.files()
 
 
 def build(
@@ -351,7 +388,29 @@ def build(
         raise UserError(
             f"{tokenizer.path}: {tokenizer.vocab_size:,} tokens, the language model has {llm.config.vocab_size:,}"
         )
-    return Mllm(cfg, llm).to(device), tokenizer
+    compressor = None
+    if cfg.towers.mamba_compressor:
+        compressor = build_compressor(cfg.towers, llm.config.hidden_size, tokenizer, device, folder)
+    return Mllm(cfg, llm, compressor).to(device), tokenizer
+
+
+def build_compressor(
+    cfg: TowerConfig, width: int, tokenizer: Tokenizer, device: torch.device, folder: Path | None
+) -> Compressor:
+    """The compressor of histories, for whose marks the tokenizer gets a token; from a checkpoint only its shape."""
+    assert cfg.mamba_compressor is not None
+    mark = tokenizer.add(MEM)
+    if folder is not None and not cfg.freeze_mamba_compressor:
+        with torch.device("meta"):
+            compressor = Compressor(Mamba(MambaConfig.from_json(folder / COMPRESSOR)), width, mark)
+        return compressor.to_empty(device=device)
+    compressor = Compressor.from_pretrained(cfg.mamba_compressor, width, tokenizer.vocab_size, mark, device=device)
+    if cfg.freeze_mamba_compressor and compressor.fresh:
+        raise UserError(
+            f"--freeze-mamba-compressor: {cfg.mamba_compressor} is no trained compressor: its rows for the language "
+            "model's tokens are new"
+        )
+    return compressor
 
 
 def load_visual(cfg: MllmConfig, device: torch.device) -> Any:
@@ -382,6 +441,9 @@ def load(
         raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
     if tensors is None:
         tensors = checkpoint.read(folder)
+    frozen = cfg.towers.mamba_compressor if cfg.towers.freeze_mamba_compressor else None
+    if frozen and state["compressor"]["files"] != compressor_identity(frozen)["files"]:
+        raise UserError(f"{folder}: was trained with another compressor than {frozen} found here")
     covered = checkpoint.load_tensors(mllm, tensors, str(checkpoint.place(folder)))
     if not cfg.full:
         covered = f"{mllm.llm.coverage} of the language model, {covered}"

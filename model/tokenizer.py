@@ -74,6 +74,13 @@ class Tokenizer:
             ids += [self.specials[part]] if part in names else self._segment(part)
         return [i for i in ids if i >= 0]  # a BOS that the vocabulary does not have is none
 
+    def add(self, name: str) -> int:
+        """The id of a special, which is the next free one where the vocabulary does not have it."""
+        if name not in self.specials:
+            self.specials[name] = self.vocab_size
+            self.vocab_size += 1
+        return self.specials[name]
+
     def _segment(self, text: str) -> list[int]:
         return self.pieces.encode(text)
 

@@ -36,6 +36,12 @@ def find_weights(name: str | os.PathLike, what: str = "weights") -> Path:
     raise UserError(message)
 
 
+def locate(given: str, what: str) -> Path:
+    """A weight file where it is given or below weights/, or the folder that find_weights() finds."""
+    places = (Path(given).expanduser(), Path("weights", given))
+    return next((place for place in places if place.is_file()), None) or find_weights(given, what)
+
+
 def _is_hub_name(name: str) -> bool:
     owner, _, model = name.partition("/")
     return bool(owner and model) and "/" not in model and not name.startswith((".", "~", "weights/"))

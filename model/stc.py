@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import UserError
-from common.weights import check_names, check_shapes, model_files, read_tensors
-from model.encoders.vit import locate
+from common.weights import check_names, check_shapes, locate, model_files, read_tensors
 
 PADDING = {"stc_connector_v35": 0, "stc_connector": 1}  # of the sampler, where nothing else differs
 AUDIO = ("linear", "mlp2x_gelu")  # connectors of sound

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import UserError
-from common.weights import find_weights, full_sha256, read_state, read_tensors, weight_files
+from common.weights import full_sha256, locate, read_state, read_tensors, weight_files
 from model.encoders import Encoder, portable
 from model.encoders.speech import PositionalConv, fold_weight_norm
 from model.encoders.transformer import (
@@ -27,6 +27,7 @@ from model.encoders.transformer import (
 
 MELS, WINDOW, HOP = 128, 400, 160  # 25 ms windows every 10 ms
 MEAN, DEVIATION = 15.41663, 6.55582  # of the log mel energies that it was trained on
+PUBLISHED = "audio_tower.bin"  # VideoLLaMA2's file
 TOWER = "audio_tower."  # before the names of a BEATs inside VideoLLaMA2
 
 LAYER = r"encoder\.layers\.(\d+)\."
@@ -148,7 +149,7 @@ class Beats(Encoder):
     """Waveform at 16 kHz -> states of patches of 160 ms by 16 mel bands, in time, the eight bands of a time together.
 
     A clip shorter than a patch ends in silence; what fills no patch at the end of a longer one is not heard. `layer`
-    and `dtype` are as for HuBERT. The folder holds Microsoft's .pt or VideoLLaMA2's audio_tower.bin.
+    and `dtype` are as for HuBERT. The folder holds Microsoft's .pt or VideoLLaMA2's audio_tower.bin, or is that file.
     """
 
     name, modality, batched = "beats", "audio", True
@@ -158,7 +159,7 @@ class Beats(Encoder):
     preprocessing = "beats: 16 kHz, 128 log mel energies of 25 ms every 10 ms, less 15.41663, over 13.11164"
 
     def __init__(self, folder: str, layer: str = "last", dtype: str = "fp32") -> None:
-        found = find_weights(folder, "beats weights")
+        found = locate(folder, "beats weights")
         super().__init__(folder=portable(folder, found), layer=layer, dtype=dtype)
         file = _file(found)
         tensors, distance = _read(file)
@@ -193,12 +194,14 @@ class Beats(Encoder):
         return mix(self.net.states(x * mask[..., None], inside), self.layers) * inside[..., None]
 
 
-def _file(folder: Path) -> Path:
-    """VideoLLaMA2's file in a folder, or the only one there."""
-    files = [path for path in weight_files(folder) if path.name == "audio_tower.bin"] or list(weight_files(folder))
+def _file(place: Path) -> Path:
+    """The file itself, VideoLLaMA2's in a folder, whose language model may lie beside it, or the only one there."""
+    if (place / PUBLISHED).is_file():
+        return place / PUBLISHED
+    files = list(weight_files(place))
     if len(files) != 1:
         names = ", ".join(path.name for path in files[:3]) or "none"
-        raise UserError(f"{folder}: holds not one weight file of a BEATs but {len(files)}: {names}")
+        raise UserError(f"{place}: holds not one weight file of a BEATs but {len(files)}: {names}")
     return files[0]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import UserError
-from model.encoders.vit import AUTHORS, Vit, VitConfig, VitNet, authors_shape, locate, read_authors
+from common.weights import locate
+from model.encoders.vit import AUTHORS, Vit, VitConfig, VitNet, authors_shape, read_authors
 
 FILE = "eva_vit_g.pth"
 URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/" + FILE

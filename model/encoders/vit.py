@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import UserError
-from common.weights import find_weights, full_sha256, read_folder, read_tensors, weight_files
+from common.weights import full_sha256, locate, read_folder, read_tensors, weight_files
 from model.encoders import Encoder, pictures, portable, sha256
 from model.encoders.transformer import (
     ACTIVATIONS,
@@ -122,12 +122,6 @@ def waves(count: int, width: int, device: torch.device) -> Tensor:
     at = torch.arange(width, device=device)
     angles = torch.arange(count, device=device)[:, None] * 1e4 ** (-(at - at % 2).double() / width)
     return torch.where(at % 2 == 0, angles.sin(), angles.cos()).float()
-
-
-def locate(given: str, what: str) -> Path:
-    """A weight file where it is given or below weights/, or the folder that find_weights() finds."""
-    places = (Path(given).expanduser(), Path("weights", given))
-    return next((place for place in places if place.is_file()), None) or find_weights(given, what)
 
 
 def read_authors(place: Path, start: str = "") -> tuple[Path, dict[str, Tensor]]:

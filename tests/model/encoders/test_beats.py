@@ -270,6 +270,18 @@ def test_layouts_of_weights(state, tmp_path, tmp_path_factory, sound, layout):
     assert other.coverage == f"{count}/{count} tensors, 2 not used"
 
 
+def test_a_file_and_the_folder_of_a_whole_model(state, folder, tmp_path, sound):
+    """VideoLLaMA2's folder has the shards of its language model too."""
+    torch.save({"cfg": CFG, "model": state}, tmp_path / "audio_tower.bin")
+    for part in (1, 2):
+        save_file({"model.norm.weight": torch.ones(2)}, tmp_path / f"model-0000{part}-of-00002.safetensors")
+    expected = encoders.load("beats", str(folder)).encode(sound(1.0), "mean")
+    for place in (tmp_path, tmp_path / "audio_tower.bin", folder / "BEATs_iter3_plus.pt"):
+        found = encoders.load("beats", str(place))
+        assert list(found.weights_sha256) == ["BEATs_iter3_plus.pt" if place.suffix == ".pt" else "audio_tower.bin"]
+        assert torch.equal(found.encode(sound(1.0), "mean"), expected)
+
+
 def test_info_rebuilds_the_encoder(load, sound):
     beats = load(layer="1-2", dtype="bf16")
     info = json.loads(json.dumps(beats.info("mean")))

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from model.encoders import pictures
 from model.encoders.vit import CLIP, TOWER, Vit, VitConfig, VitNet
 
 
@@ -18,7 +19,8 @@ class ClipNet(VitNet):
 class Clip(Vit):
     """Frames -> tokens of their patches after a class token, which with its norm is the vector of a frame.
 
-    That is what comes before the projection that words and pictures share. Everything else is as for every Vit.
+    That is what comes before the projection that words and pictures share. `aspect` crop takes the middle of a picture,
+    squash and pad all of it as for SigLIP. Everything else is as for every Vit.
     """
 
     name = "clip"
@@ -27,11 +29,15 @@ class Clip(Vit):
     family, part = "clip_vision_model", "vision_config"
     rules = (*CLIP, (TOWER + r"pre_layrnorm\.(.*)", r"first.\1"), (TOWER + r"post_layernorm\.(.*)", r"pooled.\1"))
     unused = (r"text_.*", r"visual_projection\..*", "logit_scale", r".*\.position_ids")
-    resizing, statistics = "crop", "CLIP"
+    statistics = "CLIP"
     net: ClipNet
 
-    def __init__(self, folder: str, layer: str = "last", dtype: str = "fp32", frames: int = 16) -> None:
-        super().__init__(folder, layer, dtype, frames=frames)
+    def __init__(
+        self, folder: str, layer: str = "last", dtype: str = "fp32", frames: int = 16, aspect: str = "crop"
+    ) -> None:
+        self.resizing = pictures.aspect(aspect, ("crop", "squash", "pad"), self.name)
+        own = {} if aspect == "crop" else {"aspect": aspect}  # stores made before there was a choice do not tell it
+        super().__init__(folder, layer, dtype, frames=frames, **own)
 
     @staticmethod
     def network(config: VitConfig) -> ClipNet:

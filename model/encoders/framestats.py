@@ -1,5 +1,7 @@
 """Downsampled frames with their statistics over a clip, or one frame as raster patches; has no weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,10 @@ class FrameStats(Encoder):
         quarters = nn.functional.avg_pool2d((pixels - self.mean) / self.std, PATCH // 2)  # (1, 3, 2g, 2g)
         tokens = nn.functional.unfold(quarters, 2, stride=2)[0].T  # (N, 3 * 4)
         return torch.cat([tokens.mean(0, keepdim=True), tokens])
+
+    def film(self, clips: Sequence[Tensor]) -> Tensor:
+        """Frames (n, H, W, 3) uint8 of clips, one clip after the other -> patches of each (frames, N, 12)."""
+        return torch.stack([self.patches(frame)[1:] for frames in clips for frame in frames])
 
     def encode(self, x: Tensor, pooling: str = "stats") -> Tensor:
         """One clip's frames (T, H, W, 3) uint8 -> (2316,), or its first frame's patches (1 + N, 12)."""

@@ -3,9 +3,13 @@
 All take and give (n, 3, H, W); the integers of uint8 on the CPU until scale().
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from common.config import UserError
 
 # mean and deviation of red, green and blue, by the name that an index gives them
 STATISTICS = {
@@ -41,6 +45,13 @@ def pad(x: Tensor, size: int, mode: str, grey: int = 127) -> Tensor:
     top, left = (side - height) // 2, (side - width) // 2
     border = (left, side - width - left, top, side - height - top)
     return squash(F.pad(x, border, value=grey), size, mode)
+
+
+def aspect(given: str, allowed: Sequence[str], where: str) -> str:
+    """The function that makes a picture square, if it is among the `allowed` ones."""
+    if given not in allowed:
+        raise UserError(f"{where}: aspect '{given}' is not one of {', '.join(allowed)}")
+    return given
 
 
 def scale(x: Tensor, statistics: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from common.config import UserError
+from model.encoders import pictures
 from model.encoders.vit import CLIP, TOWER, Vit, VitConfig
 
 
@@ -23,9 +23,7 @@ class Siglip(Vit):
     def __init__(
         self, folder: str, layer: str = "-2", dtype: str = "fp32", frames: int = 16, aspect: str = "squash"
     ) -> None:
-        if aspect not in ("squash", "pad"):
-            raise UserError(f"{self.name}: aspect '{aspect}' is not one of squash, pad")
-        self.resizing = aspect
+        self.resizing = pictures.aspect(aspect, ("squash", "pad"), self.name)
         super().__init__(folder, layer, dtype, frames=frames, aspect=aspect)
 
     def vectors(self, tokens: Tensor) -> Tensor:

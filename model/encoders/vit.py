@@ -1,7 +1,7 @@
 """The vision transformer that picture and film encoders share; each family's module shows what differs."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,14 @@ class Vit(Encoder):
         rows = tokens.new_zeros(*mask.shape, *tokens.shape[1:])
         rows[mask] = tokens
         return rows.flatten(1, 2)
+
+    def film(self, clips: Sequence[Tensor]) -> Tensor:
+        """Frames (n, H, W, 3) uint8 of clips, one clip after the other -> patches of each (frames, N, dim), on the CPU.
+
+        A class token is left out.
+        """
+        x = torch.cat([self.prepare(frames) for frames in clips]).to(next(self.parameters()).device)
+        return mix(self.net.states(x), self.layers)[:, int(self.config.class_token) :].cpu()
 
     def pool(self, rows: Tensor, how: str) -> Tensor:
         """Rows (n * T, dim) of one clip -> tokens (T, dim) of its first frame, (dim,), or a vector each (n, dim)."""

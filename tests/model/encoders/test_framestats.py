@@ -66,6 +66,14 @@ def test_patches_are_in_raster_order_after_their_mean(framestats):
     assert np.abs(tokens[0] - np.mean(expected, 0)).max() < 1e-5
 
 
+def test_a_film_is_the_patches_of_its_frames(framestats):
+    clips = [noise(2, 56, 56, 3), noise(1, 40, 30, 3)]
+    film = framestats.film(clips)
+    assert film.shape == (3, 16, 12)
+    for found, frame in zip(film, [*clips[0], *clips[1]], strict=True):
+        assert torch.equal(found, framestats.patches(frame)[1:])
+
+
 @pytest.mark.parametrize("size", [(48, 64), (14, 500), (9, 9)])
 def test_patches_of_any_frame(framestats, size):
     colours = torch.zeros(*size, 3, dtype=torch.uint8)

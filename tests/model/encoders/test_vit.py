@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.config import UserError
 from model import encoders
+from model.encoders import pictures
 from model.encoders.clip import Clip
 from model.encoders.eva import Eva
 from model.encoders.siglip import Siglip
@@ -152,6 +153,22 @@ def test_poolings(folders, kind):
     assert (encoder.pool(tokens, "frame") - vectors[1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["clip", "clip_bare", "siglip", "siglip_bare"])
+def test_film_is_the_patches_that_transformers_gives(folders, kind):
+    """hidden_states[-2] of every frame, less a class token; of clips one after the other, each prepared on its own."""
+    encoder = load(folders, kind, layer="-2", aspect="squash")
+    clips = [clip_of(3), clip_of(2, 64, 32)]
+    x = torch.cat([encoder.prepare(clip) for clip in clips])
+    with torch.no_grad():
+        expected = tower(kind)(pixel_values=x, output_hidden_states=True).hidden_states[-2]
+    expected = expected[:, 1:] if "clip" in kind else expected
+    film = encoder.film(clips)
+    assert film.shape == expected.shape == (5, 16, 48)
+    assert (film - expected).abs().max() <= 1e-4
+    patches = encoder.encode(clips[1], "patches")[-16:]  # the one frame that this pooling has
+    assert (film[3] - patches).abs().max() <= 1e-5
+
+
 def test_poolings_of_films(folders):
     encoder = load(folders, "videomae")
     clip = clip_of(4)
@@ -176,13 +193,23 @@ def test_vectors_of_faces_as_mer2023_made_them(folders):
     assert usual == "vitmae: squash to 32 x 32 bilinear, mean and deviation ImageNet"
 
 
-def test_aspect(folders):
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_aspect(folders, kind):
     clip = clip_of(1, 20, 60)
-    padded = load(folders, "siglip", aspect="pad")
-    grey = torch.tensor(127 / 255 * 2 - 1)
-    assert torch.allclose(padded.prepare(clip)[0, :, :8], grey, atol=0.02)
-    assert not torch.allclose(load(folders, "siglip").prepare(clip)[0, :, :8], grey, atol=0.1)
-    assert padded.info("patches")["preprocess"] == "siglip: pad to 32 x 32 bicubic, mean and deviation halves"
+    padded, squashed = (load(folders, kind, aspect=aspect) for aspect in ("pad", "squash"))
+    usual = load(folders, kind)
+    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in pictures.STATISTICS[padded.statistics])
+    grey = (127 / 255 - mean) / deviation
+    assert (padded.prepare(clip)[0, :, :8] - grey).abs().max() < 0.02
+    assert (squashed.prepare(clip)[0, :, :8] - grey).abs().max() > 0.2
+    assert torch.equal(usual.prepare(clip), squashed.prepare(clip)) == (kind == "siglip")
+    statistics = {"clip": "CLIP", "siglip": "halves"}[kind]
+    said = f"{kind}: pad to 32 x 32 bicubic, mean and deviation {statistics}"
+    assert padded.info("patches")["preprocess"] == said
+    assert encoders.load(kind, **padded.info("patches")["options"]).resizing == "pad"
+    assert ("aspect" in usual.info("patches")) == (kind == "siglip")  # as in stores from before there was a choice
+    with pytest.raises(UserError, match=rf"^{kind}: aspect 'fit' is not one of .*squash, pad$"):
+        load(folders, kind, aspect="fit")
 
 
 @pytest.mark.parametrize("kind", ["vitmae", "videomae", "clip", "siglip"])

@@ -47,7 +47,7 @@ def load_audio(
     path: str | Path, sr: int = SAMPLE_RATE, start: float | None = None, end: float | None = None
 ) -> torch.Tensor:
     """Mono waveform (T,) float32 at `sr` Hz, all of it or the seconds start..end; MediaError or NoAudio without one."""
-    path = _present(path)
+    path = present(path)
     sound = _read_sound_file(path, start, end) if path.suffix.lower() in SOUND_FILES else None
     samples, rate = sound or _read_audio_stream(path, start, end)
     if not len(samples):
@@ -68,14 +68,14 @@ def load_frames(
     `phase`, in [0, 1), is the place in each span, 0.5 its centre. Seconds start..end bound both; a clip with fewer than
     n frames repeats them. A picture is a clip of one frame.
     """
-    path = _present(path)
+    path = present(path)
     line = _timeline(path, start, end)
     if indices is None:
         span = (line.end - line.start) / (n or 1)
         marks = [line.start + (i + phase) * span for i in range(n or 1)]
         wanted = [line.times[bisect_right(line.times, mark) - 1] for mark in marks]
     else:
-        shown = [time for time in line.times if time >= line.start]
+        shown = line.shown
         outside = [i for i in indices if not 0 <= i < len(shown)]
         if outside:
             raise MediaError(f"{path}: frame {outside[0]} of {len(shown)}{_window(start, end)}")
@@ -93,9 +93,14 @@ def load_frame(
     return load_frames(path, indices=[0 if which == "first" else int(which)], start=start, end=end)[0]
 
 
+def count_frames(path: str | Path) -> int:
+    """How many frames load_frames() has `indices` for, told without decoding one; MediaError or NoVideo without any."""
+    return len(_timeline(present(path), None, None).shown)
+
+
 def probe(path: str | Path) -> dict[str, Any]:
     """Duration (s), fps, frames, width, height (as stored), has_audio, has_video, sample_rate; None where unknown."""
-    path = _present(path)
+    path = present(path)
     with _opened(path) as container:
         video, audio = _video_stream(container), _audio_stream(container)
         duration = container.duration and container.duration / 1e6
@@ -116,7 +121,7 @@ def seconds(path: str | Path, start: float | None = None, end: float | None = No
     if start is not None and end is not None:
         return end - start
     try:
-        path = _present(path)
+        path = present(path)
         whole = _sound_seconds(path) if path.suffix.lower() in SOUND_FILES else None
         if whole is None:
             with _opened(path) as container:
@@ -168,7 +173,8 @@ def _source(path: Path) -> Path | io.BytesIO:
         raise MediaError(f"{path}: {error.strerror}") from None
 
 
-def _present(path: str | Path) -> Path:
+def present(path: str | Path) -> Path:
+    """The path, if there is a file with something in it; MediaError if not."""
     path = Path(path)
     found = _member(path)
     if found is None and not path.is_file():
@@ -310,6 +316,11 @@ class _Timeline:
     end: float
     counted: bool  # the container stores no display times: the k-th frame out of the decoder is shown at tick k
     seekable: bool
+
+    @property
+    def shown(self) -> list[int]:
+        """The times from `start` on."""
+        return [time for time in self.times if time >= self.start]
 
 
 def _timeline(path: Path, start: float | None, end: float | None) -> _Timeline:

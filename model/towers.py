@@ -1,9 +1,19 @@
 """MultiMood's streams: the frozen towers that see and hear a client's turn, and what connects them to words."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from common.config import opt
-from model.stc import AUDIO, VIDEO
+import torch
+
+from common.config import UserError, opt
+from model import encoders
+from model.encoders.framestats import PATCH
+from model.stc import AUDIO, VIDEO, tokens
+
+EYES = ("siglip", "clip")  # encoders that a tower's name tells
+ASPECTS = {"pad": "pad", "square": "squash"}
 
 
 @dataclass
@@ -40,3 +50,45 @@ class TowerConfig:
     pretrain_projectors_repo: str | None = opt(
         None, "start the connectors of video and sound from this VideoLLaMA2, by folder, file or hub name"
     )
+
+
+def load_towers(cfg: TowerConfig, device: torch.device) -> tuple[Any, Any]:
+    """The frozen encoders of video and of sound, on the device; None for one that is not asked for.
+
+    UserError: a name that is none, no weights, or patches that do not suit the connector.
+    """
+    return load_eye(cfg, device), load_ear(cfg, device)
+
+
+def load_eye(cfg: TowerConfig, device: torch.device) -> Any:
+    """The encoder of video, with film(); one without weights stays on the CPU and squashes what it sees."""
+    name = cfg.vision_tower
+    if name is None:
+        return None
+    tokens(cfg.mm_projector_type, cfg.num_frames, cfg.patches)  # fails here rather than after weights are read
+    if name == "framestats":
+        return encoders.load(name, image_size=PATCH * math.isqrt(cfg.patches))
+    told = (part.lower() for part in (Path(name).name, name))  # a folder above may be called like another tower
+    kind = next((eye for part in told for eye in EYES if eye in part), None)
+    if kind is None:
+        raise UserError(f"--vision-tower: '{name}' is not framestats, nor a SigLIP or CLIP, whose name says so")
+    options = {"layer": cfg.mm_vision_select_layer, "aspect": ASPECTS[cfg.image_aspect_ratio], "dtype": dtype(device)}
+    return encoders.load(kind, name, **options).to(device)
+
+
+def load_ear(cfg: TowerConfig, device: torch.device) -> Any:
+    """The encoder of sound; one without weights stays on the CPU."""
+    name = cfg.audio_tower
+    if name is None:
+        return None
+    if name == "logmel":
+        return encoders.load(name)
+    try:
+        return encoders.load("beats", name, dtype=dtype(device)).to(device)
+    except UserError as error:
+        raise UserError(f"--audio-tower: {error}; it is logmel, or a BEATs by file, folder or hub name") from None
+
+
+def dtype(device: torch.device) -> str:
+    """What products are made in."""
+    return "bf16" if device.type == "cuda" else "fp32"

@@ -22,19 +22,25 @@ from common.log import confusion_png
 from data import pairs
 from data.clips import ClipData, DataConfig, Features, load_test
 from data.dfew import FOLDS, load_dfew
+from data.mesc import read_turns
 from data.mosei import open_corpus
 from data.prompts import ASKED, EMOTIONS9, LAYOUTS
+from data.streams import clip_folder
+from data.support import LAYOUTS as PROMPTS
+from data.support import MODALITIES
+from data.turns import test_file
 from data.utterances import load_splits
-from evals import compare, emer, emotion, page, retrieval, sentiment, speech, texts
+from evals import compare, emer, emotion, page, retrieval, sentiment, speech, support, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
 from evals.freeform import FreeForm, find_truth, write
 from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
+from evals.turns import turn_data
 from model import clap, fusion, meld, slm
 from model.combine import WAYS
 from model.mllm import load_visual
 from model.published import PublishedConfig
-from predict import LlmPredictor, is_published, load, resolve
+from predict import LlmPredictor, TurnPredictor, is_published, load, resolve
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Config:
     bench: str | None = opt(
         None, "; ".join(f"{name}: {bench.about}" for name, bench in BENCHMARKS.items()) + "; the others belong to one "
         "kind of checkpoint; default: by checkpoint and data",
-        "--bench", choices=(*BENCHMARKS, "mosei", "clap", "slm", "meld"),
+        "--bench", choices=(*BENCHMARKS, "support", "mosei", "clap", "slm", "meld"),
     )  # fmt: skip
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -82,7 +88,12 @@ class Config:
     fold: str | None = opt(None, "another fold of the manifest; dfew: one of its five", "--fold")
     test_file: str | None = opt(None, "another list of clips", "--test-file")
     streams: list[str] = opt([], "use only these streams (text, image, cls, feature names)", "--streams")
-    prompt_layout: str | None = opt(None, "another prompt layout", choices=LAYOUTS)
+    prompt_layout: str | None = opt(None, "another prompt layout", choices=dict.fromkeys((*LAYOUTS, *PROMPTS)))
+    image_path: str | None = opt(None, "dialogues: other folder of the clips than in training", "--image-path")
+    modalities: list[str] = opt(
+        [], "dialogues: give the model only these", "--modalities", choices=MODALITIES
+    )  # fmt: skip
+    num_workers: int = opt(4, "dialogues: threads that read clips", "--num-workers")
     question: str | None = opt(None, "another emotion question than in training", choices=ASKED)
     compare: list[str] = opt(
         [], "write one HTML page about these, evaluations or runs or checkpoints, to --out (report.html)", "--compare"
@@ -108,7 +119,12 @@ def main(cfg: Config) -> None:
             f"--bench {cfg.bench}: this checkpoint is a language model's (benchmarks: {', '.join(BENCHMARKS)})"
         )
     if system == "llm":
-        return score_llm(cfg, here, say)
+        predictor = load(cfg.ckpt, str(here.device), cfg.decode, cfg.llm, cfg.combine, cfg.model)
+        say(f"{predictor.folder}: {predictor.coverage}")
+        if isinstance(predictor, TurnPredictor):
+            return score_turns(cfg, predictor, here, say)
+        assert isinstance(predictor, LlmPredictor)
+        return score_llm(cfg, predictor, here, say)
     if cfg.bench not in (None, system):
         raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
     for name in READ["llm"]:
@@ -120,11 +136,8 @@ def main(cfg: Config) -> None:
 # ---- the multimodal language model
 
 
-def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
+def score_llm(cfg: Config, predictor: LlmPredictor, here: dist.Ranks, say: Callable) -> None:
     """A language model on one of the benchmarks of evals/emotion.py; the ranks share the clips."""
-    predictor = load(cfg.ckpt, str(here.device), cfg.decode, cfg.llm, cfg.combine, cfg.model)
-    assert isinstance(predictor, LlmPredictor)
-    say(f"{predictor.folder}: {predictor.coverage}")
     name, data_cfg = choose(cfg, predictor.data)
     bench = BENCHMARKS[name]
     labels = list(bench.labels) or data_cfg.labels
@@ -187,6 +200,44 @@ def score_llm(cfg: Config, here: dist.Ranks, say: Callable) -> None:
             say(texts.line(scores["texts"]))
         way = f", {cfg.combine} of {len(cfg.ckpt)} checkpoints" if cfg.combine else ""
         say(f"{decode.decode}{way}: {metrics.line(scores)}; written to {out}")
+    dist.cleanup()
+
+
+def score_turns(cfg: Config, predictor: TurnPredictor, here: dist.Ranks, say: Callable) -> None:
+    """Dialogues: the four fields of an answer to each test turn, beside the commonest labels and a linear baseline."""
+    if cfg.bench not in (None, "support"):
+        raise UserError(f"--bench {cfg.bench}: this checkpoint answers turns of dialogues (benchmark: support)")
+    texts.check(cfg.text_metrics)
+    data = replace(predictor.data, data_root=cfg.data_root or predictor.data.data_root)
+    data.test_file = cfg.test_file or predictor.data.test_file
+    turns, listing = read_turns(test_file(data), data.max_bad)
+    say(str(listing))
+    streams = predictor.streams
+    if streams.encoders:
+        streams.folder = clip_folder(test_file(data), cfg.image_path or data.image_path)
+        streams.check_made(predictor.made)
+    streams.scan(turns, data.max_bad, say)
+    prompt = predictor.support.prompt
+    prompt.modalities = cfg.modalities or prompt.modalities
+    prompt.layout = cfg.prompt_layout or prompt.layout
+    if prompt.layout not in PROMPTS:
+        raise UserError(f"--prompt-layout {prompt.layout}: dialogues have {', '.join(PROMPTS)}")
+    chosen = turn_data(turns, streams, predictor.support, predictor.mllm.cfg, predictor.tokenizer)
+    say(f"{len(chosen)} turns ({chosen.coverage()}), given {', '.join(prompt.modalities)}")
+    dist.connect(here)
+    records = support.ask(
+        predictor.mllm, predictor.tokenizer, chosen, cfg.decode, here, cfg.batch_size, cfg.seed, cfg.limit,
+        workers=cfg.num_workers, progress=True,
+    )  # fmt: skip
+    if here.main:
+        scores = support.evaluate(records, prompt.emotions, prompt.strategies, cfg.text_metrics)
+        settings = {"bench": "support", "checkpoint": " ".join(cfg.ckpt), "modalities": prompt.modalities}
+        out = place(cfg, predictor.folder, "support", predictor.name)
+        write(out, settings | config.to_dict(cfg.decode) | scores, records)
+        for name, field in scores["fields"].items():
+            if field["rows"]:
+                confusion_png(field["confusion"], field["labels"], out / f"{name}.png", f"{name}: {predictor.name}")
+        say(f"{support.table(scores)}\nwritten to {out}")
     dist.cleanup()
 
 
@@ -348,7 +399,7 @@ def moved(cfg: Config) -> dict[str, Any]:
 READ = {
     "llm": (
         "llm", "data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "question",
-        "limit", "truth", "synonyms", "text_metrics", "feature_folders",
+        "limit", "truth", "synonyms", "text_metrics", "feature_folders", "image_path", "modalities",
     ),
     "mosei": ("data_root", "manifest", "streams"),
     "clap": ("data_root", "manifest", "fold"),

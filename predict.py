@@ -24,11 +24,16 @@ from data.clips import DataConfig, Sample, make_sample
 from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
+from data.mesc import CHAT, Turn, Utterance, read_turns
 from data.pairs import MODALITIES, assemble, relative, speaker_statistics, standardize_speakers
 from data.prompts import LAYOUTS, parse_tagged, pick_question
 from data.resident import read
-from evals import emotion, speech
+from data.streams import clip_folder
+from data.support import parse_answer
+from data.turns import SupportConfig, is_turns
+from evals import emotion, speech, support
 from evals.emotion import DecodeConfig
+from evals.turns import open_streams, turn_data
 from model import combine as ensemble
 from model import encoders, fusion, meld, mllm, published, slm
 from model.combine import WAYS
@@ -69,6 +74,10 @@ class Predictor:
     def __init__(self, made: dict[str, dict]) -> None:
         self.made = made  # stream -> how its features were made
         self._encoders: dict[str, Any] = {}
+
+    def inputs(self, path: str, text: str | None) -> list[Any]:
+        """What --input names."""
+        return read_input(path, text)
 
     def encoder(self, name: str) -> Any:
         """The encoder of a stream, loaded when first asked for; None if another tool made its features."""
@@ -161,12 +170,8 @@ class Predictor:
         return encode_clip(clip, encoder, made["pooling"], made.get("frame", "middle"))
 
 
-class LlmPredictor(Predictor):
-    """Emotion-LLaMA: any question about a clip.
-
-    With --speaker-norm a speaker's other clips are looked for among those that are answered together: of a manifest
-    that names speakers. The only clip of its speaker is refused, unless it has no utterance features.
-    """
+class LanguagePredictor(Predictor):
+    """A multimodal language model, its tokenizer and what its run was told of its data."""
 
     def __init__(
         self,
@@ -183,13 +188,14 @@ class LlmPredictor(Predictor):
         if is_published(self.folder):
             shape = shape or PublishedConfig()
             super().__init__(shape.made())
-            self.data = DataConfig()
+            self.data, self.support = DataConfig(), SupportConfig()
             loaded = published.load(self.folder, shape, llm, device, dtype)
         else:
             states = [checkpoint.read_state(folder) for folder in folders]
             super().__init__(states[0]["features"])
             states[0]["config"]["model"] |= {"llm": llm} if llm else {}
             self.data = from_dict(DataConfig, states[0]["config"]["data"])
+            self.support = from_dict(SupportConfig, states[0]["config"].get("support", {}))
             if combine:
                 loaded = ensemble.load(folders, states, combine, device, dtype)
             else:
@@ -199,6 +205,17 @@ class LlmPredictor(Predictor):
         if combine:
             self.coverage = f"{combine} of {', '.join(map(str, folders))} combined, {self.coverage}"
         self.decode = decode or DecodeConfig()
+
+
+class LlmPredictor(LanguagePredictor):
+    """Emotion-LLaMA: any question about a clip.
+
+    With --speaker-norm a speaker's other clips are looked for among those that are answered together: of a manifest
+    that names speakers. The only clip of its speaker is refused, unless it has no utterance features.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.visual = self.mllm.cfg.visual
         self.together = "speaker" if self.data.speaker_norm else None
 
@@ -303,6 +320,75 @@ class LlmPredictor(Predictor):
                 result |= {"answer": record["answer"], "emotion": record["prediction"]}
             out.append(result)
         return out
+
+
+class TurnPredictor(LanguagePredictor):
+    """MultiMood: what a client feels, and the therapist's emotion, strategy and reply.
+
+    A clip is what the client has just said, its text the client's words, `turns` what client and therapist said before.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.device = next(self.mllm.parameters()).device
+        self.streams = open_streams(self.mllm.cfg, self.support, Path(), self.device)
+
+    def inputs(self, path: str, text: str | None) -> list[Any]:
+        """The turns of a file of them, whose answers need not be there, or one turn of a media file."""
+        if not is_turns(path):
+            return list(read_input(path, text))
+        turns, listing = read_turns(path, self.data.max_bad, answered=False)
+        print(listing)
+        if self.streams.encoders:
+            folder = clip_folder(path, None)
+            turns = [replace(turn, clips=[str((folder / clip).resolve()) for clip in turn.clips]) for turn in turns]
+        return turns
+
+    def sample(
+        self,
+        clip: Any,
+        question: str | None,
+        audio: Any = None,
+        video: Any = None,
+        features: dict | None = None,
+        turns: Sequence[tuple[str, str]] = (),
+    ) -> tuple[Any, dict[str, str]]:
+        """A turn, or a clip as one, as a prompt, and why each absent stream is absent."""
+        if question is not None or features or audio or video:
+            raise UserError("this checkpoint answers what a client says: a clip, its text and what was said before")
+        turn = clip if isinstance(clip, Turn) else as_turn(clip, turns)
+        turn = replace(turn, therapist="", client_emotion=None, therapist_emotion=None, strategy=None)
+        data = turn_data([turn], self.streams, self.support, self.mllm.cfg, self.tokenizer)
+        sample = data.sample(0)
+        known = {"text": turn.client, "history": turn.history} | sample.values
+        missing = {name: "not given" for name in self.support.prompt.modalities if not len(known.get(name, ""))}
+        if {"text", "video", "audio"} <= missing.keys() | ({"video", "audio"} - set(self.streams.encoders)):
+            raise MediaError(f"{turn.id}: nothing to go by (neither words nor a clip that can be read)")
+        return sample, missing
+
+    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+        """The four fields for samples made by sample(), through the same code as evaluation."""
+        results = []
+        records = support.answer(
+            self.mllm, self.tokenizer, samples, self.support.prompt, self.decode, max(len(samples), 1)
+        )  # fmt: skip
+        for record in records:
+            absent, said = missing[record["id"]], parse_answer(record["answer"])
+            streams = [name for name in self.support.prompt.modalities if name not in absent]
+            result = {"id": record["id"], **said, "answer": said["response"] or record["answer"]}
+            result |= {"emotion": said["client_emotion"], "available_modalities": streams, "missing": absent}
+            if found := record.get("probabilities"):
+                result |= {"probabilities": found["client_emotion"], "strategies": found["strategy"]}
+                result["confidence"] = max(result["probabilities"].values())
+            results.append(result)
+        return results
+
+
+def as_turn(clip: Clip, turns: Sequence[tuple[str, str]]) -> Turn:
+    """What a client says in a clip, after (client, therapist) of what was said before."""
+    said = [Utterance(role, None, text) for pair in turns for role, text in zip(CHAT, pair, strict=True)]
+    path = [] if clip.path is None else [str(Path(clip.path).resolve())]
+    return Turn(clip.id, clip.id, None, "", "", clip.text or "", "", None, None, None, path, said)
 
 
 class FusionPredictor(Predictor):
@@ -510,7 +596,13 @@ def load(
         return PREDICTORS[system](folders[0], place)
     if combine == "predictions" and decode and decode.num_beams > 1:
         raise UserError(f"--num-beams {decode.num_beams}: --combine predictions has no beams")
-    return LlmPredictor(folders, place, decode, llm, combine, shape)
+    dialogues = system is None and not is_published(folders[0]) and is_turns(root_of(folders[0]))
+    return (TurnPredictor if dialogues else LlmPredictor)(folders, place, decode, llm, combine, shape)
+
+
+def root_of(folder: Path) -> str:
+    """What the run of a language model's checkpoint was trained on."""
+    return checkpoint.read_state(folder)["config"]["data"]["data_root"]
 
 
 def is_published(path: Path) -> bool:
@@ -589,8 +681,8 @@ def batches(clips: list[Clip], size: int, together: str | None) -> Iterator[list
 def main(cfg: Config) -> None:
     if not cfg.ckpt or not cfg.input:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
-    clips = read_input(cfg.input, cfg.text)
     predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm, cfg.combine, cfg.model)
+    clips = predictor.inputs(cfg.input, cfg.text)
     if cfg.prompt_layout:
         if not isinstance(predictor, LlmPredictor):
             raise UserError("--prompt-layout: this checkpoint reads no prompt")
@@ -635,6 +727,8 @@ def line(result: dict) -> str:
     if "error" in result:
         return f"{result['id']}: skipped: {result['error']}"
     gone = f"  (without {', '.join(result['missing'])})" if result["missing"] else ""
+    if "strategy" in result:
+        return f"{result['id']}: [{result['emotion']} -> {result['strategy']}] {result['answer']}{gone}"
     if "answer" in result:
         return f"{result['id']}: {result['answer']}{gone}"
     if "probabilities" not in result:

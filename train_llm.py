@@ -1,13 +1,14 @@
-"""Instruction-tune a Llama-2 with LoRA on the face, voice and words of clips (Emotion-LLaMA).
+"""Instruction-tune a language model on the face, voice and words of clips (Emotion-LLaMA) or of dialogues (MultiMood).
 
 $ python train_llm.py --fast
 $ torchrun --nproc-per-node 4 train_llm.py --cfg configs/stage1.yaml
+$ torchrun --nproc-per-node 4 train_llm.py --cfg configs/multimood.yaml
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,10 +24,12 @@ from common.optim import OptimConfig, lr_at, stages
 from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig
-from data.loader import Order, by_length, part_of, window, windows
-from evals import emotion
-from evals.clips import ClipTask, prepare_fast
+from data.loader import Order, Samples, by_length, part_of, window, windows
+from data.turns import SupportConfig, is_turns
+from evals.clips import ClipTask
 from evals.emotion import DecodeConfig
+from evals.turns import TurnTask
+from model.mamba import compressor_identity
 from model.mllm import Batch, Mllm, MllmConfig, build, checkpoint_files, pack
 from model.published import load_published
 
@@ -37,6 +40,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    support: SupportConfig = field(default_factory=SupportConfig)  # read where data_root is a file of turns
     ckpt: str | None = opt(None, "start from these weights: a previous stage's run folder or checkpoint", "--ckpt")
     out: str | None = opt(None, "run folder; default: out/<config name>", "--out")
     epochs: int = opt(30, "epochs in all", "--epochs", span=(20, 50))
@@ -68,7 +72,10 @@ class Config:
     save_every: int = opt(1, "epochs between checkpoints", "--save-every")
     save_steps: int = opt(0, "also a checkpoint every so many steps; 0: none", "--save-steps")
     save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
-    metric: str = opt("weighted_f1", "validation score that chooses the best", "--metric", choices=emotion.METRICS)
+    metric: str = opt(
+        "weighted_f1", "validation score that chooses the best; of a dialogue's field its weighted F1", "--metric",
+        choices=tuple(dict.fromkeys((*ClipTask.METRICS, *TurnTask.METRICS))),
+    )  # fmt: skip
     patience: int = opt(
         0, "evaluations without a better --metric that end the run, which keeps its best; 0: never", "--patience"
     )
@@ -95,11 +102,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if cfg.fast:
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
         dist.connect(here, bool(cfg.shard))
-        cfg = dist.main_first(here, partial(prepare_fast, cfg))
+        cfg = dist.main_first(here, partial(task_of(cfg).prepare_fast, cfg))
     if here.device.type == "cpu":
         dist.keep_memory()
     if cfg.dry_run:
-        return ClipTask(cfg).dry_run(say)
+        return task_of(cfg)(cfg).dry_run(say)
     cfg, start = resume_or_start(cfg, "llm", say)
     out = Path(cfg.out)
     precision = cfg.precision if here.device.type == "cuda" else "fp32"  # bf16 is slower than fp32 on most CPUs
@@ -108,7 +115,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
 
     # ---- data and model, checked before any connection is opened
-    task = ClipTask(cfg)
+    task = task_of(cfg)(cfg)
     _, previous, *_ = together(
         lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
@@ -128,7 +135,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     per_step = cfg.batch_size * here.world * cfg.accum
     order, iters = plan(cfg, parts, per_step, say)
     if start is None:
-        task.fit(mllm)
+        task.fit(mllm, say)
     if cfg.compile:
         mllm.llm.compile_parts()
     if cfg.shard:
@@ -156,6 +163,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     facts = {
         "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": task.labels,
         "features": task.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
+        "compressor": compressor_identity(frozen) if (frozen := cfg.model.towers.frozen_compressor) else None,
         "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     files = checkpoint_files(mllm, tokenizer)
@@ -264,6 +272,11 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
+def task_of(cfg: Config) -> type[ClipTask | TurnTask]:
+    """What the run is about: turns of dialogues (MultiMood) or clips (Emotion-LLaMA)."""
+    return TurnTask if is_turns(cfg.data.data_root) else ClipTask
+
+
 def together(*attempts: Callable) -> list:
     """The results of all attempts, or one UserError that names everything that is wrong."""
     results, problems = [], []
@@ -277,7 +290,7 @@ def together(*attempts: Callable) -> list:
     return results
 
 
-def check_choice(cfg: Config, task: ClipTask) -> None:
+def check_choice(cfg: Config, task: ClipTask | TurnTask) -> None:
     """UserError where the run cannot choose a checkpoint, or stop, as it is asked to."""
     for flag, value in (("--patience", cfg.patience), ("--tokens-per-batch", cfg.tokens_per_batch)):
         if value < 0:
@@ -304,13 +317,14 @@ def check_shard(cfg: Config, device: torch.device) -> None:
         raise UserError("--shard: all processes must choose the same tokens, so --temperature must be 0")
 
 
-def plan(cfg: Config, parts: list[ClipData], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:
+def plan(cfg: Config, parts: Sequence[Samples], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:
     """The order of training samples, and the optimiser steps of an epoch."""
     size, replayed = len(parts[0]), sum(map(len, parts[1:]))
     ratio = cfg.data.replay_ratio if replayed else 0.0
     iters = cfg.iters_per_epoch or max(1, int(size / (1 - ratio)) // per_step)
     if cfg.data.curriculum == "none":
         return Order(size, cfg.seed, replay=replayed, ratio=ratio), iters
+    assert isinstance(parts[0], ClipData)
     ranked = parts[0].easy_to_hard(cfg.data.curriculum)
     ramp = cfg.data.curriculum_epochs * iters * per_step
     share = cfg.data.curriculum_share
@@ -322,7 +336,7 @@ def plan(cfg: Config, parts: list[ClipData], per_step: int, say: Callable[[str],
     return order, iters
 
 
-def dealt(cfg: Config, parts: list[ClipData], order: Order, here: dist.Ranks) -> Callable[[int], list]:
+def dealt(cfg: Config, parts: Sequence[Samples], order: Order, here: dist.Ranks) -> Callable[[int], list]:
     """Step -> (pass, index) of this rank's micro-batches in it."""
     ranks = {"rank": here.rank, "world": here.world}
     if not cfg.tokens_per_batch:
@@ -387,7 +401,7 @@ class Progress:
     ranking: list[dict] = field(default_factory=list)  # the best, and those after it that --keep-best keeps
     stale: int = 0  # evaluations since the best
 
-    def scored(self, cfg: Config, task: ClipTask, scores: dict, epoch: int, name: str) -> bool:
+    def scored(self, cfg: Config, task: ClipTask | TurnTask, scores: dict, epoch: int, name: str) -> bool:
         """Takes in the validation scores that checkpoint `name` will have; True when it is to be kept for them."""
         if cfg.metric not in scores:
             raise UserError(f"--metric {cfg.metric}: none of the validation clips that were scored gives it")

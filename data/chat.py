@@ -24,8 +24,14 @@ def chatml(messages: Sequence[Message], generate: bool = True, system: str | Non
 
 
 def llama2(messages: Sequence[Message]) -> list[str | Slot]:
-    """Llama 2's layout of turns of user and assistant."""
+    """Llama 2's layout of turns of user and assistant, in whose first by the user a system message stands."""
     pieces: list[str | Slot] = [BOS]
+    told: list[str | Slot] = []
     for role, content in messages:
+        if role == "system":
+            told = ["<<SYS>>\n", *content, "\n<</SYS>>\n\n"]
+            continue
+        if role == "user":
+            content, told = [*told, *content], []
         pieces += ["[INST] ", *content, " [/INST]"] if role == "user" else [" ", *content, " ", EOS, BOS]
     return join_texts(pieces)

@@ -7,12 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heapreplace
+from typing import Any, Protocol
 
 import numpy as np
 
-from data.clips import ClipData, Sample
-
 AHEAD = 2  # windows prepared beyond the one in use
+
+
+class Samples(Protocol):
+    """What samples are taken from: ClipData or TurnData."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int = 0) -> Any: ...
+
+    def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int: ...
 
 
 @lru_cache(maxsize=4)
@@ -108,7 +117,7 @@ def by_length(
     return [[places[i] for i in micro] for micro in deal([length(*place) for place in places], most, world)[rank]]
 
 
-def part_of(parts: Sequence[ClipData], index: int) -> tuple[ClipData, int]:
+def part_of(parts: Sequence[Samples], index: int) -> tuple[Samples, int]:
     """Which part an index belongs to, and its index there; the indices of a part follow those of the parts before."""
     for part in parts[:-1]:
         if index < len(part):
@@ -118,11 +127,11 @@ def part_of(parts: Sequence[ClipData], index: int) -> tuple[ClipData, int]:
 
 
 def windows(
-    parts: Sequence[ClipData], plan: Iterable[list[list[tuple[int, int]]]], workers: int
-) -> Iterator[list[list[Sample]]]:
+    parts: Sequence[Samples], plan: Iterable[list[list[tuple[int, int]]]], workers: int
+) -> Iterator[list[list[Any]]]:
     """The samples of each step's micro-batches of (pass, index); with workers > 0 threads prepare them in advance."""
 
-    def sample(epoch: int, index: int) -> Sample:
+    def sample(epoch: int, index: int) -> Any:
         part, index = part_of(parts, index)
         return part.sample(index, epoch)
 

@@ -136,11 +136,13 @@ def _memory(history: Iterable[Utterance]) -> str:
 
 
 def read_turns(
-    path: str | Path, max_bad: float = 0.01, emotions: Sequence[str] = EMOTIONS, strategies: Sequence[str] = STRATEGIES
-) -> tuple[list[Turn], Listing]:
+    path: str | Path, max_bad: float = 0.01, emotions: Sequence[str] = EMOTIONS, strategies: Sequence[str] = STRATEGIES,
+    answered: bool = True,
+) -> tuple[list[Turn], Listing]:  # fmt: skip
     """Turns of a JSON array or of JSON Lines, and what became of the records; the file's name is their split.
 
-    A record that cannot be used is skipped. UserError: they are more than the share `max_bad`, or nothing is left.
+    Unless they are `answered`, the therapist's words and labels need not be there. A record that cannot be used is
+    skipped. UserError: they are more than the share `max_bad`, or nothing is left.
     """
     path = Path(path)
     rows, commas = json_rows(path)
@@ -149,7 +151,7 @@ def read_turns(
     for line, row in rows:
         where = f"{path}:{line}"
         try:
-            turn = _turn(row, emotions, strategies)
+            turn = _turn(row, emotions, strategies, answered)
         except UserError as error:
             skipped.append((where, str(error)))
             continue
@@ -251,15 +253,17 @@ def _object(row: object) -> dict[str, Any]:
     return row
 
 
-def _turn(value: object, emotions: Sequence[str], strategies: Sequence[str]) -> Turn:
+def _turn(value: object, emotions: Sequence[str], strategies: Sequence[str], answered: bool) -> Turn:
     row = _object(value)
+    if not answered:
+        row = {"Utterance": [], "Emotion": None, "Strategy": None} | row
     if lacking := [key for key in NEEDED if key not in row]:
         raise UserError(f"no key '{lacking[0]}' (found: {', '.join(row)})")
     dialogue = row["Dialogue_ID"]
     if isinstance(dialogue, bool) or not isinstance(dialogue, int | str) or dialogue == "":
         raise UserError(f"Dialogue_ID: a number expected, not {_kind(dialogue)}")
     therapist = " ".join(_texts(row, "Utterance"))
-    if not therapist:
+    if answered and not therapist:
         raise UserError("Utterance: at least one text expected")
     return Turn(
         id="",

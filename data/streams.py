@@ -1,7 +1,7 @@
 """What a client's turn looks and sounds like, made of its clips by frozen encoders whenever it is read."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -76,9 +76,9 @@ class TurnStreams:
             raise UserError("; ".join(wrong))
 
     @torch.no_grad()  # not inference mode: what connects the values to words is trained
-    def __call__(self, turn: Turn) -> dict[str, Tensor]:
+    def __call__(self, turn: Turn, wanted: Collection[str] = ("video", "audio")) -> dict[str, Tensor]:
         """Slot -> value, float32 on the CPU; one that no clip has, or that none can be read for, is absent."""
-        values = {name: self._read(name, turn) for name in self.encoders}
+        values = {name: self._read(name, turn) for name in self.encoders if name in wanted}
         return {name: value for name, value in values.items() if value is not None}
 
     def _read(self, name: str, turn: Turn) -> Tensor | None:

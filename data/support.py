@@ -6,7 +6,7 @@ One function makes the prompt of a turn for training, for evaluation and for use
 import functools
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -25,6 +25,7 @@ FIELDS = {
     "strategy": "Therapist's strategy",
     "response": "Therapist's response",
 }
+GAP = " \n"  # ends a line of the published answers
 _TITLES = "|".join(f"(?P<{name}>{title})".replace("'", "['’]") for name, title in FIELDS.items())
 HEADER = re.compile(rf"(?:{_TITLES})\s*:", re.IGNORECASE)
 # The strategies that the published prompt explains, in words of ours.
@@ -40,6 +41,8 @@ EXPERT = (
     "You see what clients feel, and you find the reply that helps them."
 )
 Segments = list[str | Slot]
+Chat = Callable[[Sequence[tuple[str, Segments]]], Segments]
+CHATML: Chat = functools.partial(chatml, system=None)
 
 
 @dataclass
@@ -74,7 +77,12 @@ class Sample:
 
 def format_target(turn: Turn) -> str:
     """The answer as the model writes it, a line a field; a field that is not known has none."""
-    return " \n".join(f"{FIELDS[name]}: {text.strip()}" for name, text in _fields(turn).items() if text)
+    return GAP.join(f"{FIELDS[name]}: {text.strip()}" for name, text in fields(turn).items() if text)
+
+
+def asked(turn: Turn) -> list[str]:
+    """The fields that are asked for: those that are known of the turn, all where its response is to be written."""
+    return [name for name, text in fields(turn).items() if text or not turn.therapist]
 
 
 def parse_answer(text: str) -> dict[str, str | None]:
@@ -108,25 +116,25 @@ def exchanges(history: Sequence[Utterance]) -> list[list[Utterance]]:
 def messages(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> list[tuple[str, Segments]]:
     """(role, content) of the chat that asks for a turn; `slots` are those of SLOTS that have a value for it.
 
-    It asks for the fields that are known of the turn, for all of them where its response is still to be written.
+    It asks for asked(turn).
     """
-    asked = [name for name, text in _fields(turn).items() if text or not turn.therapist]
+    wanted = asked(turn)
     present = [name for name in SLOTS if name in slots and name in cfg.modalities]
     past = [said for group in _recent(turn, cfg) for said in group]
     chat: list[tuple[str, Segments]] = [(CHAT[said.role], [said.text.strip()]) for said in past]
     if cfg.layout == "original":
-        lines, gap, task = _original(turn, cfg, present, asked, len(past) > 0), " \n", EXPERT
+        lines, gap, task = _original(turn, cfg, present, wanted, len(past) > 0), " \n", EXPERT
     else:
-        lines, gap, task = _clean(turn, cfg, present), "\n", _task(cfg, asked)
+        lines, gap, task = _clean(turn, cfg, present), "\n", _task(cfg, wanted)
         lines = lines if cfg.system else [[task], *lines]
     content = [piece for line in lines for piece in (*line, gap)][:-1]
     system: list[tuple[str, Segments]] = [("system", [task])] if cfg.system else []
     return [*system, *chat, ("user", join_texts(content))]
 
 
-def segments(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> Segments:
+def segments(turn: Turn, cfg: PromptConfig, slots: Collection[str], chat: Chat = CHATML) -> Segments:
     """The prompt up to where the answer begins, as texts, each tokenised on its own, control tokens and slots."""
-    return chatml(messages(turn, cfg, slots), system=None)
+    return chat(messages(turn, cfg, slots))
 
 
 def make_sample(
@@ -137,6 +145,7 @@ def make_sample(
     encode: Encode,
     most: int,
     room: int = 0,
+    chat: Chat = CHATML,
 ) -> Sample:
     """The sample of a turn in at most `most` positions: slots[name] a slot, and for the answer its own or `room`.
 
@@ -149,7 +158,7 @@ def make_sample(
     answer = encode_answer(target, encode) if target else []
 
     def pieces(kept: dict[str, int]) -> list[list[int] | str]:
-        return encode_segments(segments(_shortened(turn, cfg, kept), cfg, slots), encode)
+        return encode_segments(segments(_shortened(turn, cfg, kept), cfg, slots, chat), encode)
 
     def size(kept: dict[str, int]) -> int:
         positions = (slots[piece] if isinstance(piece, str) else len(piece) for piece in pieces(kept))
@@ -171,7 +180,7 @@ def make_sample(
             f"{turn.where}: turn {turn.id} takes {size(kept)} positions without its history, its situation and what "
             f"the client says; --max-len is {most}"
         )
-    shown = segments(_shortened(turn, cfg, kept), cfg, slots)
+    shown = segments(_shortened(turn, cfg, kept), cfg, slots, chat)
     prompt = "".join(part if isinstance(part, str) else f"<{part.name}>" for part in shown)
     cut = sum(words) - kept["situation"] - kept["client"]
     return Sample(turn.id, pieces(kept), answer, values, turn, prompt, target, whole["history"] - kept["history"], cut)
@@ -193,8 +202,8 @@ def _recent(turn: Turn, cfg: PromptConfig) -> list[list[Utterance]]:
     return groups[max(len(groups) - cfg.k_turn_history, 0) :]
 
 
-def _fields(turn: Turn) -> dict[str, str | None]:
-    """The values of FIELDS in their order."""
+def fields(turn: Turn) -> dict[str, str | None]:
+    """The values of FIELDS in their order, None where one is not known."""
     known = (turn.client_emotion, turn.therapist_emotion, turn.strategy, turn.therapist)
     return dict(zip(FIELDS, known, strict=True))
 

@@ -87,6 +87,7 @@ class ClipTask:
     """Clips of MERR's layout or of a manifest: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = emotion.METRICS, emotion.LOWER
+    prepare_fast = staticmethod(prepare_fast)
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.data = cfg, cfg.data
@@ -157,7 +158,7 @@ class ClipTask:
         self.trained = [train, *parts]
         return self.trained
 
-    def fit(self, mllm: Mllm) -> None:
+    def fit(self, mllm: Mllm, say: Callable[[str], None]) -> None:
         """Gives a new model what it must know of the training clips before its first step."""
         if self.cfg.model.normalize:
             mllm.set_statistics(self.features.statistics(self.trained[0].clips))
@@ -181,7 +182,7 @@ class ClipTask:
         scores, records = emotion.evaluate(
             mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, self.task, cfg.seed, cfg.eval_limit
         )
-        mine = [valid.sample(i, task=self.task) for i in range(here.rank, len(valid), here.world)]
+        mine = (valid.sample(i, task=self.task) for i in range(here.rank, len(valid), here.world))
         scores["loss"] = emotion.loss(mllm, mine, here, cfg.eval_batch_size, amp)
         numbers = {f"valid/{key}": scores[key] for key in (*LOGGED, cfg.metric) if key in scores}
         numbers["valid/majority_weighted_f1"] = scores["majority"]["weighted_f1"]

@@ -1,8 +1,9 @@
 """Emotion recognition with the multimodal language model: score the labels, or read one from generated text."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -226,14 +227,14 @@ def fold_table(scores: dict) -> str:
 
 
 @torch.inference_mode()
-def loss(mllm: Mllm, samples: Sequence[Any], here: dist.Ranks, batch_size: int, amp: Callable) -> float:
+def loss(mllm: Mllm, samples: Iterable[Any], here: dist.Ranks, batch_size: int, amp: Callable) -> float:
     """Mean cross entropy of an answer token, in nats, over those of all ranks' samples that have a target."""
-    mine = [sample for sample in samples if sample.target]
+    mine = (sample for sample in samples if sample.target)
     was_training = mllm.training
     mllm.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(mine), batch_size):
-        batch = pack(mine[start : start + batch_size], mllm.cfg).to(here.device)
+    while chosen := list(islice(mine, batch_size)):
+        batch = pack(chosen, mllm.cfg).to(here.device)
         with amp():
             total += float(mllm(batch))
         tokens += batch.targets

@@ -1,16 +1,145 @@
-"""Emotional support: scores of the four fields of an answer, each beside always giving its most frequent label."""
+"""Emotional support: the four fields of an answer, by a language model; their scores beside the commonest labels'."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from common import metrics
+import torch
+from tqdm import tqdm
+
+from common import dist, metrics
 from common.config import UserError
 from common.log import table_lines
+from common.shard import place
 from data.mesc import EMOTIONS, STRATEGIES
-from data.support import parse_answer
+from data.prompts import Encode
+from data.support import FIELDS, GAP, PromptConfig, Sample, asked, fields, parse_answer
+from data.turns import CLOSED, TurnData
 from evals import texts
+from evals.emotion import DecodeConfig
+from model.combine import Ensemble
+from model.mllm import Mllm, alike, pack
+from model.tokenizer import Tokenizer
 
+HELD = 64  # turns whose clips are in memory at a time
 COLUMNS = ("accuracy", "weighted_f1", "macro_f1", "precision_weighted", "recall_weighted", "invalid")
+
+
+class Answers:
+    """Answers that are being written to samples, field by field."""
+
+    def __init__(self, mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], batch_size: int) -> None:
+        self.mllm, self.tokenizer, self.batch_size = mllm, tokenizer, batch_size
+        self.samples = samples
+        self.asked = [asked(sample.turn) for sample in samples]
+        self.texts = [""] * len(samples)  # as far as they are written
+        self.probabilities: list[dict[str, dict[str, float]]] = [{} for _ in samples]
+
+    def score(self, name: str, labels: Sequence[str]) -> None:
+        """Writes the likeliest of the labels into a field of those whom it is asked of."""
+        open_ = [i for i, names in enumerate(self.asked) if name in names]
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+        prompts = {}
+        for i in open_:
+            lines = [self._line(i, name, label) for label in labels]
+            prompts[i], endings = continued(self.samples[i], lines, self.tokenizer.encode)
+            groups[tuple(map(tuple, endings))].append(i)  # one, but for a tokenizer that joins across fields
+        for endings, members in groups.items():
+            for chosen in self._batches(members, prompts):
+                batch = pack([prompts[i] for i in chosen], self.mllm.cfg, answers=False).to(place(self.mllm))
+                for i, row in zip(chosen, self.mllm.score(batch, [*map(list, endings)]).tolist(), strict=True):
+                    self.probabilities[i][name] = dict(zip(labels, row, strict=True))
+                    self.texts[i] = self._line(i, name, labels[max(range(len(row)), key=row.__getitem__)])
+
+    def generate(self, cfg: DecodeConfig, seed: int) -> None:
+        """Writes what is still missing of each answer."""
+        title = FIELDS["response"] + ":"
+        begun = [self._before(i) + title if self.texts[i] else "" for i in range(len(self.samples))]
+        prompts = {}
+        for i, sample in enumerate(self.samples):
+            said = self.tokenizer.encode(begun[i], specials=()) if begun[i] else []
+            prompts[i] = replace(sample, pieces=[*sample.pieces, said])
+        for chosen in self._batches(range(len(prompts)), prompts):
+            batch = pack([prompts[i] for i in chosen], self.mllm.cfg, answers=False).to(place(self.mllm))
+            generator = torch.Generator(place(self.mllm)).manual_seed(seed + chosen[0]) if cfg.temperature > 0 else None
+            ids = self.mllm.generate(
+                batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
+                repetition_penalty=cfg.repetition_penalty, eos_id=self.tokenizer.eos_id, generator=generator,
+            )  # fmt: skip
+            for i, row in zip(chosen, ids, strict=True):
+                said = self.tokenizer.decode(row).strip()
+                self.texts[i] = f"{begun[i]} {said}" if begun[i] else said
+
+    def _before(self, i: int) -> str:
+        """What is written of an answer, up to where the next field begins."""
+        return self.texts[i] + GAP if self.texts[i] else ""
+
+    def _line(self, i: int, name: str, label: str) -> str:
+        return f"{self._before(i)}{FIELDS[name]}: {label}"
+
+    def _batches(self, members: Sequence[int], prompts: dict[int, Sample]) -> Iterator[list[int]]:
+        """Batches of samples that are alike in length."""
+
+        def length(i: int) -> int:
+            return sum(len(piece) if isinstance(piece, list) else 1 for piece in prompts[i].pieces)
+
+        order = sorted(members, key=lambda i: (-length(i), i))
+        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
+
+def continued(sample: Sample, texts: Sequence[str], encode: Encode) -> tuple[Sample, list[list[int]]]:
+    """The sample with what all of the texts begin with behind its prompt, and how each of them goes on.
+
+    Each text ends a line, and how goes on is cut where the tokens of the whole line are.
+    """
+    whole = [encode(text + GAP, specials=()) for text in texts]
+    shared = min(alike(whole), min(map(len, whole)) - 1)
+    return replace(sample, pieces=[*sample.pieces, whole[0][:shared]]), [ids[shared:] for ids in whole]
+
+
+@torch.inference_mode()
+def answer(
+    mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], prompt: PromptConfig, cfg: DecodeConfig,
+    batch_size: int = 8, seed: int = 0, respond: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One record a sample: id, target and answer; with cfg.decode "score" the probabilities of the closed fields.
+
+    Scored, each field is the likeliest label after the fields before it, and the response, unless `respond` is off, is
+    generated after all of them; else all of the answer is generated.
+    """
+    answers = Answers(mllm, tokenizer, samples, batch_size)
+    if cfg.decode == "score":
+        for name in CLOSED:
+            answers.score(name, prompt.strategies if name == "strategy" else prompt.emotions)
+    if cfg.decode == "generate" or respond:
+        answers.generate(cfg, seed)
+    records = []
+    for sample, text, probabilities in zip(samples, answers.texts, answers.probabilities, strict=True):
+        record = {"id": sample.id, "target": fields(sample.turn), "answer": text}
+        record |= {"probabilities": probabilities} if probabilities else {}
+        records.append(record | {"prompt": sample.prompt, "clips": sample.turn.clips})
+    return records
+
+
+def ask(
+    mllm: Mllm | Ensemble, tokenizer: Tokenizer, data: TurnData, cfg: DecodeConfig, here: dist.Ranks,
+    batch_size: int = 8, seed: int = 0, limit: int = 0, respond: bool = True, workers: int = 0, progress: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of the turns; the ranks share the work and all get all of it."""
+    was_training = mllm.training
+    mllm.eval()
+    count = min(limit or len(data), len(data))
+    turns = range(here.rank, count, here.world)
+    mine: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for at in tqdm(range(0, len(turns), HELD), cfg.decode, disable=not progress or not here.main, leave=False):
+            samples = list(pool.map(data.sample, turns[at : at + HELD]))
+            mine += answer(mllm, tokenizer, samples, data.cfg.prompt, cfg, batch_size, seed + at, respond)
+    mllm.train(was_training)
+    parts = dist.gather(mine)
+    return [parts[i % here.world][i // here.world] for i in range(count)]
 
 
 def evaluate(

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import UserError, from_dict, opt
 from common.weights import find_weights, identity
-from model import encoders
+from model import encoders, stc
 from model.generate import generate, score_labels
 from model.llm import Branched, Llama, LlamaConfig, Packed, worth_sharing
 from model.lora import add_lora
 from model.mamba import MEM, Compressor, Mamba, MambaConfig, compressor_identity
-from model.stc import connector, tokens
 from model.tokenizer import FILES, Tokenizer, load_tokenizer
 from model.towers import TowerConfig
 
@@ -85,16 +84,18 @@ class MllmConfig:
 
     def places(self, slot: str, value: Tensor | None = None) -> int:
         """Positions that a slot takes in the sequence; those of a history depend on its `value`."""
+        if slot in self.features:
+            return self.feature_tokens
         if slot == "image":
             return self.patches // self.merge
         if slot == "video":
             towers = self.towers
-            return tokens(towers.mm_projector_type, towers.num_frames, towers.patches)
+            return stc.tokens(towers.mm_projector_type, towers.num_frames, towers.patches)
         if slot == "audio":
             return self.towers.audio_tokens
         if slot == "history":
             return 0 if value is None else int((value == value[-1]).sum())  # the last id is a mark, as are its equals
-        return 1 if slot == "cls" else self.feature_tokens
+        return 1  # "cls"
 
 
 class Sample(Protocol):
@@ -168,7 +169,7 @@ def pack(samples: Sequence[Sample], cfg: MllmConfig, answers: bool = True) -> Ba
         positions=torch.cat([torch.arange(n) for n in lengths]),
         lengths=lengths,
         slots={
-            name: (torch.tensor(at), values[name] if name == "history" else torch.stack(values[name]))
+            name: (torch.tensor(at), values[name] if values[name][0].ndim == 1 else torch.stack(values[name]))
             for name, at in places.items()
         },
         shared=alike(heads),
@@ -254,10 +255,10 @@ class Mllm(nn.Module):
             self.projections[name] = projection
         towers = cfg.towers
         if towers.vision_tower:
-            tokens(towers.mm_projector_type, towers.num_frames, towers.patches)  # a UserError where they do not suit
-            self.projections["video"] = connector(towers.mm_projector_type, towers.vision_width, hidden)
+            stc.tokens(towers.mm_projector_type, towers.num_frames, towers.patches)  # may be a UserError
+            self.projections["video"] = stc.connector(towers.mm_projector_type, towers.vision_width, hidden)
         if towers.audio_tower:
-            self.projections["audio"] = connector(towers.mm_projector_a_type, towers.audio_width, hidden)
+            self.projections["audio"] = stc.connector(towers.mm_projector_a_type, towers.audio_width, hidden)
         if compressor is not None:
             compressor.mamba.requires_grad_(not towers.freeze_mamba_compressor)
             compressor.mamba.grad_checkpoint = cfg.grad_checkpoint
@@ -267,7 +268,7 @@ class Mllm(nn.Module):
         """(1, T, D) embeddings: token embeddings, with every slot's places taken by what its values become."""
         x = self.llm.embed(batch.input_ids)[None]
         for name, (places, value) in batch.slots.items():
-            made = self.projections[name](value)
+            made = self.projections[name]([ids.tolist() for ids in value] if isinstance(value, list) else value)
             rows = torch.cat(made) if isinstance(made, list) else made.flatten(0, -2)
             x = x.index_copy(1, places, rows[None].to(x.dtype))
         return x
@@ -441,7 +442,7 @@ def load(
         raise UserError(f"{folder}: was trained on other weights of {cfg.llm} than those found here")
     if tensors is None:
         tensors = checkpoint.read(folder)
-    frozen = cfg.towers.mamba_compressor if cfg.towers.freeze_mamba_compressor else None
+    frozen = cfg.towers.frozen_compressor
     if frozen and state["compressor"]["files"] != compressor_identity(frozen)["files"]:
         raise UserError(f"{folder}: was trained with another compressor than {frozen} found here")
     covered = checkpoint.load_tensors(mllm, tensors, str(checkpoint.place(folder)))

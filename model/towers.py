@@ -51,6 +51,11 @@ class TowerConfig:
         None, "start the connectors of video and sound from this VideoLLaMA2, by folder, file or hub name"
     )
 
+    @property
+    def frozen_compressor(self) -> str | None:
+        """The compressor whose weights a checkpoint does not hold."""
+        return self.mamba_compressor if self.freeze_mamba_compressor else None
+
 
 def load_towers(cfg: TowerConfig, device: torch.device) -> tuple[Any, Any]:
     """The frozen encoders of video and of sound, on the device; None for one that is not asked for.

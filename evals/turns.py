@@ -1,0 +1,181 @@
+"""MultiMood's side of train_llm.py: turns of therapists that it trains on, and how they score a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from common import dist
+from common.config import UserError
+from common.log import Logger, confusion_image
+from data.chat import START, llama2
+from data.mesc import Turn
+from data.streams import TurnStreams, clip_folder
+from data.support import CHATML
+from data.turns import CLOSED, SupportConfig, TurnData, load_turns
+from evals import emotion, support
+from model.mllm import Mllm, MllmConfig
+from model.stc import load_projectors
+from model.tokenizer import Tokenizer
+from model.towers import load_towers
+
+MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice
+
+
+class TurnTask:
+    """A file of turns: what train_llm.py trains on, chooses by and reads at the end."""
+
+    METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg, self.data = cfg, cfg.data
+        self.valid: TurnData | None = None
+
+    def opens(self, device: torch.device, say: Callable[[str], None]) -> list[Callable[[], object]]:
+        """What may go wrong before any connection is opened, each a call; they read files and load the towers."""
+        cfg = self.cfg
+
+        def read() -> None:
+            self.turns = load_turns(cfg.data, cfg.seed, cfg.evaluate, cfg.test, say)
+
+        def streams() -> None:
+            towers = cfg.model.towers.vision_tower or cfg.model.towers.audio_tower
+            folder = clip_folder(cfg.data.data_root, cfg.data.image_path) if towers else Path()
+            self.streams = open_streams(cfg.model, cfg.support, folder, device)
+
+        return [read, streams, self._check]
+
+    def _check(self) -> None:
+        """UserError for settings that turns have no use for."""
+        given = {
+            "curriculum": self.data.curriculum != "none", "replay": self.data.replay is not None,
+            "enable-augmentation": self.data.enable_augmentation, "speaker-norm": self.data.speaker_norm,
+        }  # fmt: skip
+        if unread := [name for name, on in given.items() if on]:
+            raise UserError(f"--data.{unread[0]}: not for turns of dialogues ({self.data.data_root})")
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        prompt = self.cfg.support.prompt
+        return {name: prompt.strategies if name == "strategy" else prompt.emotions for name in CLOSED}
+
+    def parts(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[TurnData]:
+        """What is trained on."""
+        self.streams.scan([turn for turns in self.turns.values() for turn in turns], self.data.max_bad, say)
+        train = self.made(self.turns["train"], tokenizer)
+        say(f"train: {len(train)} turns ({train.coverage()})")
+        for name, counts in train.class_counts().items():
+            say(f"  {name}: {counts}")
+        if self.turns["valid"]:
+            self.valid = self.made(self.turns["valid"], tokenizer)
+            say(f"valid: {len(self.valid)} turns ({self.valid.coverage()})")
+        return [train]
+
+    def made(self, turns: list[Turn], tokenizer: Tokenizer) -> TurnData:
+        return turn_data(turns, self.streams, self.cfg.support, self.cfg.model, tokenizer)
+
+    def fit(self, mllm: Mllm, say: Callable[[str], None]) -> None:
+        """Gives a new model the connectors that it is to start from."""
+        source, made = self.cfg.model.towers.pretrain_projectors_repo, mllm.projections
+        if source is not None:
+            given = {name: made[name] for name in ("video", "audio") if name in made}
+            say(f"connectors of {source}: {load_projectors(source, **given)}")
+
+    def follow(self, mllm: Mllm) -> None:
+        """Nothing of a turn depends on the model."""
+
+    def describe(self) -> dict[str, dict]:
+        """How the streams are made, for the checkpoint."""
+        return self.streams.describe()
+
+    def validate(
+        self, mllm: Mllm, tokenizer: Tokenizer, here: dist.Ranks, amp: Callable, log: Logger, step: int
+    ) -> dict[str, Any]:
+        """Scores of the validation turns, logged beside the commonest labels'; METRICS by their names."""
+        cfg, valid = self.cfg, self.valid
+        assert valid is not None
+        records = support.ask(
+            mllm, tokenizer, valid, cfg.decode, here, cfg.eval_batch_size, cfg.seed, cfg.eval_limit,
+            respond=False, workers=cfg.num_workers,
+        )  # fmt: skip
+        found = support.evaluate(records, **self.choices())
+        scores = summary(found)
+        mine = (valid.sample(i) for i in range(here.rank, len(valid), here.world))
+        scores["loss"] = emotion.loss(mllm, mine, here, cfg.eval_batch_size, amp)
+        fields = {name: field for name, field in found["fields"].items() if field["rows"]}
+        majority = {f"majority_{name}": field["majority"]["weighted_f1"] for name, field in fields.items()}
+        log(step, **{f"valid/{name}": value for name, value in (scores | majority).items()})
+        for name, field in fields.items():
+            log.figure(f"valid/{name}", confusion_image(field["confusion"], field["labels"]), step)
+            log.say(
+                f"  {name}: weighted F1 {field['weighted_f1']:.4f}, majority {field['majority']['weighted_f1']:.4f}"
+            )
+        for record in records[:2]:
+            log.say(f"  sample {record['id']}: {record['answer']!r}")
+            log.text("valid/samples", record["answer"], step)
+        return scores
+
+    def choices(self) -> dict[str, list[str]]:
+        return {"emotions": self.cfg.support.prompt.emotions, "strategies": self.cfg.support.prompt.strategies}
+
+    def test(self, mllm: Mllm, tokenizer: Tokenizer, here: dist.Ranks, say: Callable[[str], None]) -> dict[str, Any]:
+        """Scores on the test turns, with all that the run's modalities tell and without each of them."""
+        cfg = self.cfg
+        test = self.made(self.turns["test"], tokenizer)
+        given = cfg.support.prompt.modalities
+        results = {}
+        for gone in (None, *given):
+            left = [name for name in given if name != gone]
+            if not left:
+                continue
+            records = support.ask(
+                mllm, tokenizer, test.only(left), cfg.decode, here, cfg.eval_batch_size, cfg.seed,
+                respond=gone is None, workers=cfg.num_workers,
+            )  # fmt: skip
+            found = support.evaluate(records, **self.choices())
+            name = f"without {gone}" if gone else "all"
+            results[name] = found
+            if gone is None:
+                say(f"test: {support.table(found)}")
+            line = ", ".join(f"{field} {value['accuracy']:.4f}" for field, value in found["fields"].items()
+                             if value["rows"])  # fmt: skip
+            say(f"test, {name:<15}: accuracy of {line}")
+        return results
+
+    def dry_run(self, say: Callable[[str], None]) -> None:
+        """Prints what the run would cost."""
+        raise UserError("--dry-run: not for dialogues yet")
+
+
+def turn_data(
+    turns: list[Turn], streams: TurnStreams, cfg: SupportConfig, model: MllmConfig, tokenizer: Tokenizer
+) -> TurnData:
+    """Turns as samples for this model, in the layout of conversations that its tokenizer knows the marks of."""
+    compressed = model.towers.mamba_compressor is not None
+    chat = CHATML if START in tokenizer.specials else llama2
+    return TurnData(turns, streams, cfg, tokenizer.encode, model.places, model.max_len, compressed, chat)
+
+
+def open_streams(model: MllmConfig, cfg: SupportConfig, folder: Path, device: torch.device) -> TurnStreams:
+    """The towers, and the folder of the clips that they see and hear."""
+    towers = model.towers
+    eye, ear = load_towers(towers, device)
+    shapes = {
+        "video": (towers.num_frames, towers.patches, towers.vision_width),
+        "audio": (towers.audio_tokens, towers.audio_width),
+    }
+    return TurnStreams(
+        folder, shapes, eye, ear, num_k_vid=cfg.num_k_vid, num_frames=towers.num_frames,
+        audio_seconds=towers.audio_seconds, audio_windows=towers.audio_windows,
+    )  # fmt: skip
+
+
+def summary(found: dict[str, Any]) -> dict[str, float]:
+    """One number a metric: means over the fields of closed choice, and each field's weighted F1 by its name."""
+    fields = {name: field for name, field in found["fields"].items() if field["rows"]}
+    if not fields:
+        raise UserError("nothing to score: no turn has a label")
+    means = {name: fmean(field[name] for field in fields.values()) for name in MEANS}
+    return means | {name: field["weighted_f1"] for name, field in fields.items()}

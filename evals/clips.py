@@ -18,6 +18,7 @@ from common.config import UserError
 from common.log import Logger, confusion_image
 from data.clips import ClipData, Features, check, label_gaps, load_replay, load_splits, load_test
 from data.features import StoreWriter, encode_clip
+from data.manifest import Clip
 from data.merr import load_merr
 from data.mock import make_mock
 from data.prompts import emotion_question, segments
@@ -88,6 +89,10 @@ class ClipTask:
 
     METRICS, LOWER = emotion.METRICS, emotion.LOWER
     prepare_fast = staticmethod(prepare_fast)
+    splits: dict[str, list[Clip]]
+    tested: list[Clip]
+    features: Features
+    trained: list[ClipData]
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.data = cfg, cfg.data

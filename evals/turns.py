@@ -28,6 +28,8 @@ class TurnTask:
     """A file of turns: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
+    turns: dict[str, list[Turn]]  # by split
+    streams: TurnStreams
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.data = cfg, cfg.data

@@ -52,6 +52,11 @@ class PromptConfig:
     )
     system: bool = opt(True, "begin with a system message; off: clean says it to the user, original not at all")
     k_turn_history: int = opt(7, "latest exchanges of the history that become turns of the chat")
+    history_labels: bool = opt(
+        False, "these turns begin with their emotion or strategy, where the file tells it; the compressor reads emotions "
+        "in any case", "--history-labels",
+    )  # fmt: skip
+    context: bool = opt(True, "tell the problem and the situation, where the file has them", "--context")
     modalities: list[str] = opt(
         list(MODALITIES), "what the model is given; history: the compressed one and the chat's turns, text: the "
         "client's words, problem and situation", choices=MODALITIES,
@@ -121,7 +126,7 @@ def messages(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> list[tupl
     wanted = asked(turn)
     present = [name for name in SLOTS if name in slots and name in cfg.modalities]
     past = [said for group in _recent(turn, cfg) for said in group]
-    chat: list[tuple[str, Segments]] = [(CHAT[said.role], [said.text.strip()]) for said in past]
+    chat: list[tuple[str, Segments]] = [(CHAT[said.role], [_said(said, cfg)]) for said in past]
     if cfg.layout == "original":
         lines, gap, task = _original(turn, cfg, present, wanted, len(past) > 0), " \n", EXPERT
     else:
@@ -208,9 +213,21 @@ def fields(turn: Turn) -> dict[str, str | None]:
     return dict(zip(FIELDS, known, strict=True))
 
 
+def _said(said: Utterance, cfg: PromptConfig) -> str:
+    """An utterance of the history as a turn of the chat."""
+    told = said.emotion if said.role == "client" else said.strategy
+    return f"({told}) {said.text.strip()}" if cfg.history_labels and told else said.text.strip()
+
+
 def _told(text: str, title: str, cfg: PromptConfig) -> list[Segments]:
     """A line of the prompt for one of the turn's texts, if there is one."""
     return [[f"{title}: {text.strip()}"]] if text.strip() and "text" in cfg.modalities else []
+
+
+def _context(turn: Turn, cfg: PromptConfig) -> list[Segments]:
+    """The lines for problem and situation."""
+    lines = [*_told(turn.problem, "Problem", cfg), *_told(turn.situation, "Situation", cfg)]
+    return lines if cfg.context else []
 
 
 def _task(cfg: PromptConfig, asked: Sequence[str]) -> str:
@@ -226,8 +243,7 @@ def _clean(turn: Turn, cfg: PromptConfig, slots: Sequence[str]) -> list[Segments
     """The lines of the user's message."""
     shown: list[Segments] = [[f"{name.capitalize()}: ", Slot(name)] for name in slots]
     return [
-        *_told(turn.problem, "Problem", cfg),
-        *_told(turn.situation, "Situation", cfg),
+        *_context(turn, cfg),
         *shown,
         *_told(turn.client, "Client", cfg),
     ]
@@ -244,7 +260,7 @@ def _original(turn: Turn, cfg: PromptConfig, slots: Sequence[str], asked: Sequen
     chosen = [f"- {choice}" for name, choice in choices.items() if name in asked]
     meanings = [f"- {name}: {MEANINGS[name]}" for name in cfg.strategies if name in MEANINGS and "strategy" in asked]
     lines: list[Segments] = [["[CONTEXT]"]]
-    lines += _told(turn.problem, "Problem", cfg) + _told(turn.situation, "Situation", cfg)
+    lines += _context(turn, cfg)
     if chat:
         lines.append(["What both have said so far stands above."])
     lines.append(["[CURRENT CONTEXT]"])

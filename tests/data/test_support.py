@@ -350,3 +350,20 @@ def test_room_makes_the_prompts_of_training_and_evaluation_alike():
     prompts = {sample(turn, most=most, room=100).prompt for turn in (TURN, long, replace(TURN, therapist="No."))}
     assert len(prompts) == 1
     assert sample(most=most).prompt not in prompts
+
+
+def test_labels_of_the_history_and_the_context():
+    history = [Utterance("client", "anger", "You never listen."), Utterance("therapist", None, "I do.", "others"),
+               Utterance("client", None, "Well.")]  # fmt: skip
+    turn = replace(TURN, history=history, problem="work", situation="a new boss")
+    told = wording(segments(turn, PromptConfig(history_labels=True), ()))
+    assert "(anger) You never listen." in told
+    assert "(others) I do." in told
+    assert "\nWell." in told
+    plain = wording(segments(turn, PromptConfig(), ()))
+    assert "\nYou never listen." in plain
+    for layout in LAYOUTS:
+        assert "a new boss" in wording(segments(turn, PromptConfig(layout=layout), ()))
+        hidden = wording(segments(turn, PromptConfig(layout=layout, context=False), ()))
+        assert "a new boss" not in hidden
+        assert "Problem" not in hidden

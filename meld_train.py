@@ -226,7 +226,7 @@ def train_epoch(
 
     Returns whether a stop was asked for, this rank's part (K,) of each step's loss, and the last gradient norm (K,).
     """
-    shape = {"constant": "constant", "linear": "linear", "cosine": "linear_warmup_cosine"}[cfg.schedule]
+    shape = "constant_with_warmup" if cfg.schedule == "constant" else f"linear_warmup_{cfg.schedule}"
     schedule = OptimConfig(
         lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
     )  # fmt: skip

@@ -207,8 +207,10 @@ def train_epoch(
 
     Returns whether a stop was asked for, this rank's part (K,) of each step's loss, and the last gradient norm (K,).
     """
-    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                           schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    shape = "linear_warmup_cosine" if cfg.schedule == "cosine" else "constant_with_warmup"
+    schedule = OptimConfig(
+        lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
+    )  # fmt: skip
     scripts = train.script[torch.cat(list(chunks), 1)].split(chunks[0].shape[1], 1)[done:]
     batches = train.batches([chunk[:, here.rank :: here.world] for chunk in chunks[done:]], here.device)
     losses: list[Tensor] = []

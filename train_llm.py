@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import checkpoint, config, dist, optim, shard
 from common.config import UserError, opt
 from common.log import Logger
-from common.optim import OptimConfig, lr_at, stages
+from common.optim import OptimConfig, lr_at
 from common.run import open_run, resume_or_start
 from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig
@@ -122,7 +122,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         *task.opens(here.device, say),
         lambda: check_choice(cfg, task),
         lambda: check_shard(cfg, here.device),
-        lambda: stages(cfg.optim),
+        lambda: optim.check(cfg.optim),
     )
     mapped = cfg.shard is not None and cfg.model.quant == "none"  # no process ever holds all of the base
     home = torch.device("cpu") if mapped else here.device
@@ -134,6 +134,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError("--patience: there are no validation clips (--valid-file, or --data.valid-share above 0)")
     per_step = cfg.batch_size * here.world * cfg.accum
     order, iters = plan(cfg, parts, per_step, say)
+    optim.warmup(cfg.epochs * iters, cfg.optim)  # what it cannot be is said before anything is trained
     if start is None:
         task.fit(mllm, say)
     if cfg.compile:

@@ -284,8 +284,10 @@ def train_epoch(
 
     Nothing in here waits for the device.
     """
-    cosine = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                         schedule="linear_warmup_cosine" if cfg.schedule == "cosine" else "constant")  # fmt: skip
+    shape = "linear_warmup_cosine" if cfg.schedule == "cosine" else "constant_with_warmup"
+    cosine = OptimConfig(
+        lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
+    )  # fmt: skip
     losses_: list[Tensor] = []
     outputs: list[tuple[Tensor, Tensor]] = []
     norm = flat.grads.new_zeros(len(order))

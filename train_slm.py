@@ -234,8 +234,10 @@ def train_epoch(
     Returns whether a stop was asked for, and of this rank the part (K,) of each step's loss and the right answers (K,);
     and the last gradient norm (K,).
     """
-    schedule = OptimConfig(lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps,
-                           schedule="linear_warmup_cosine" if cfg.schedule_epochs else "constant")  # fmt: skip
+    shape = "linear_warmup_cosine" if cfg.schedule_epochs else "constant_with_warmup"
+    schedule = OptimConfig(
+        lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
+    )  # fmt: skip
     a_step, share = cfg.batch_size * here.world, slice(here.rank, None, here.world)
     total = cfg.schedule_epochs * math.ceil(order.shape[1] / a_step)
     labels = train.label[order].to(here.device).split(a_step, 1)[done:]

@@ -32,6 +32,8 @@ ALIASES: dict[str, str] = {
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "accum",
+    "dataloader_num_workers": "num_workers",
+    "tune_adapter_llm": "full",
     "accum_grad_iters": "accum",
     "max_grad_norm": "grad_clip",
     "lr_scheduler_type": "schedule",
@@ -51,7 +53,11 @@ ALIASES: dict[str, str] = {
     "model_max_length": "max_len",
 }
 # other spellings of a value, where the field has no such choice itself
-VALUES = {"schedule": {"linear_warmup_cosine_lr": "linear_warmup_cosine", "cosine": "linear_warmup_cosine"}}
+VALUES: dict[str, dict[Any, str]] = {
+    "schedule": {"linear_warmup_cosine_lr": "linear_warmup_cosine"},
+    "model_type": {"pretrain": "auto"},
+    "save_strategy": {False: "no"},  # what YAML makes of no
+}
 # switches of published recipes over the field `precision`: what each leaves open, the preferred value first
 PRECISION: dict[tuple[str, bool], list[str]] = {
     ("bf16", True): ["bf16"],
@@ -61,7 +67,7 @@ PRECISION: dict[tuple[str, bool], list[str]] = {
     ("amp", True): ["bf16", "fp16"],
     ("amp", False): ["fp32"],
 }
-# keys of Emotion-LLaMA's published YAMLs that leave no choice here: the one accepted value, None accepts any
+# settings of published recipes that leave no choice here: the one accepted value, None accepts any
 FIXED: dict[str, Any] = {
     "arch": "minigpt_v2",
     "model_type": "pretrain",
@@ -75,7 +81,10 @@ FIXED: dict[str, Any] = {
     "sample_ratio": None,
     "world_size": None,
     "name": None,
+    "report_to": "tensorboard",
+    "run_name": None,
 }
+FIXED_FLAGS = ("report_to", "run_name")  # of these, what MultiMood's command line gives as flags
 # sections of those YAMLs whose keys are read as if they stood at the top, and those whose entries are named freely
 SECTIONS = {"model", "datasets", "evaluation_datasets", "run", "build_info", "vis_processor", "text_processor", "train"}
 DATASETS = {"datasets", "evaluation_datasets"}
@@ -102,10 +111,10 @@ def opt(
 
 @dataclasses.dataclass
 class Given:
-    """What a command said itself: its flags, the paths that its YAML or its flags set, and the YAML's name."""
+    """What a command said itself: its flags, {path that its YAML or its flags set: by which name}, the YAML's name."""
 
     flags: list[Setting] = dataclasses.field(default_factory=list)
-    paths: set[str] = dataclasses.field(default_factory=set)
+    paths: dict[str, str] = dataclasses.field(default_factory=dict)
     file: str | None = None
 
 
@@ -139,7 +148,7 @@ class Schema:
             if not left:
                 raise ValueError(f"not offered here, only {', '.join(option.choices)}")
             return left
-        if isinstance(raw, str) and raw not in option.choices:
+        if isinstance(raw, str | bool) and raw not in option.choices:
             raw = VALUES.get(option.leaf, {}).get(raw, raw)
         return [read(raw, option)]
 
@@ -170,7 +179,7 @@ def load(cls: type[T], argv: list[str] | None = None) -> T:
         if span and value is not None and not span[0] <= value <= span[1] and os.environ.get("RANK", "0") == "0":
             problem = f"{value:g} is outside the guide's range {span[0]:g} to {span[1]:g}"
             print(f"warning: {name} {problem}", file=sys.stderr)
-    return _build(cls, values, Given(flags, set(names), cfg))
+    return _build(cls, values, Given(flags, names, cfg))
 
 
 def run(cls: type[T], main: Callable[[T], object]) -> None:
@@ -260,6 +269,8 @@ def _read_flags(schema: Schema, argv: list[str]) -> tuple[list[Setting], str | N
             flags.append((written, name, value if equals else _take(tokens, written, schema.kind(name), bare)))
         elif positive in schema.names and schema.kind(positive) is bool and not equals:
             flags.append((_flag(positive), positive, False))
+        elif name in FIXED_FLAGS:
+            _check_fixed(name, value if equals else _take(tokens, written, str), written)
         else:
             schema.unknown(written)
     return flags, cfg
@@ -308,9 +319,15 @@ def _walk(schema: Schema, node: dict[Any, Any], above: list[str], where: str) ->
             yield dotted, name, value
         elif not published or leaf not in FIXED:
             schema.unknown(dotted, where)
-        elif value is not None and FIXED[leaf] not in (None, value):
-            allowed = "is not offered here" if FIXED[leaf] is False else f"(only {FIXED[leaf]} here)"
-            raise UserError(f"{where}{leaf}: {value!r} {allowed}")
+        else:
+            _check_fixed(leaf, value, where + leaf)
+
+
+def _check_fixed(name: str, value: Any, written: str) -> None:
+    """UserError unless `value` is the one that is accepted of a setting that leaves no choice."""
+    if value is not None and FIXED[name] not in (None, value):
+        allowed = "is not offered here" if FIXED[name] is False else f"(only {FIXED[name]} here)"
+        raise UserError(f"{written}: {value!r} {allowed}")
 
 
 def _assign(schema: Schema, values: dict[str, Any], source: Iterable[Setting], where: str = "") -> dict[str, str]:

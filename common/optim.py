@@ -1,7 +1,8 @@
-"""One optimiser for all scripts: AdamW with two decay groups, a learning rate from the step alone, clipping."""
+"""One optimiser for all scripts: AdamW with and without decay, a learning rate from the step alone, clipping."""
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,16 +21,37 @@ LAZY = (
     checkpoint.checkpoint, checkpoint._run_fn_with_dynamo_disabled,
 )  # fmt: skip
 
-SCHEDULES = ("linear_warmup_cosine", "constant", "linear")
+# LAVIS' cosine, and a line like it, fall from step 0 on; the others are those of transformers, which fall from the end
+# of the warm-up on
+FROM_START = ("linear_warmup_cosine", "linear_warmup_linear")
+SCHEDULES = (*FROM_START, "cosine", "linear", "constant", "constant_with_warmup")
+# what --mm-projector-lr is for; the compressor of MultiMood's history, a projection here, was no mm_projector there
+CONNECTORS = re.compile(r"projections\.(?!history\.)")
 
 
 @dataclass
 class OptimConfig:
     lr: float = opt(1e-5, "peak learning rate", "--lr", span=(1e-6, 1e-4))
-    min_lr: float = opt(1e-6, "learning rate at the end of the schedule", "--min-lr")
-    warmup_lr: float = opt(1e-6, "learning rate at step 0; below 0 means lr", "--warmup-lr")
-    warmup_steps: int = opt(1000, "optimiser steps of linear warm-up", "--warmup-steps", span=(500, 2000))
-    schedule: str = opt("linear_warmup_cosine", "shape after the warm-up", "--schedule", choices=SCHEDULES)
+    mm_projector_lr: float | None = opt(
+        None, "peak learning rate of connectors, which keep its ratio to --lr; none: --lr's", "--mm-projector-lr"
+    )
+    min_lr: float | None = opt(
+        None, "learning rate at the end of the schedule; none: 1e-6 of linear_warmup_*, else 0", "--min-lr"
+    )
+    warmup_lr: float | None = opt(
+        None, "learning rate at step 0, below 0 means lr; none: 1e-6 of linear_warmup_*, else 0", "--warmup-lr"
+    )
+    warmup_steps: int | None = opt(
+        None, "optimiser steps of linear warm-up; none: 1000 of linear_warmup_*, else 0", "--warmup-steps",
+        span=(500, 2000),
+    )  # fmt: skip
+    warmup_ratio: float = opt(
+        0.0, "share of all steps that warm up, rounded up, where --warmup-steps is none or 0", "--warmup-ratio"
+    )
+    schedule: str = opt(
+        "linear_warmup_cosine", "shape after the warm-up: linear_warmup_* fall from step 0 on, cosine and linear from "
+        "its end; constant has none", "--schedule", choices=SCHEDULES,
+    )  # fmt: skip
     lr_stages: dict[str, float] = opt({}, "epoch=rate: constant rates in place of lr and schedule, the first from 0")
     weight_decay: float = opt(0.05, "AdamW decay of matrices (biases and norms: 0)", "--weight-decay", span=(0.01, 0.1))
     beta2: float = opt(0.999, "AdamW second-moment decay")
@@ -43,15 +65,44 @@ def lr_at(step: int, total: int, cfg: OptimConfig, iters: int = 1) -> float:
     the warm-up, so the rate drops a little where the warm-up ends.
     """
     peak = [rate for epoch, rate in stages(cfg) if epoch <= step // iters][-1]
-    start = peak if cfg.warmup_lr < 0 else cfg.warmup_lr
-    if step < cfg.warmup_steps:
-        return min(peak, start + (peak - start) * step / max(cfg.warmup_steps, 1))
-    if cfg.schedule == "constant" or cfg.lr_stages:
+    early = cfg.schedule in FROM_START
+    low = 1e-6 if early else 0.0
+    start, end = (low if rate is None else rate for rate in (cfg.warmup_lr, cfg.min_lr))
+    start = peak if start < 0 else start
+    warm = warmup(total, cfg)
+    if step < warm:
+        return min(peak, start + (peak - start) * step / max(warm, 1))
+    if cfg.schedule.startswith("constant") or cfg.lr_stages:
         return peak
-    done = min(step / max(total, 1), 1.0)
-    if cfg.schedule == "linear":
-        return cfg.lr + (cfg.min_lr - cfg.lr) * done
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    begin = 0 if early else warm
+    done = min((step - begin) / max(total - begin, 1), 1.0)
+    if cfg.schedule.endswith("linear"):
+        return cfg.lr + (end - cfg.lr) * done
+    return end + (cfg.lr - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def warmup(total: int, cfg: OptimConfig) -> int:
+    """Steps of the warm-up out of `total`. UserError: --warmup-steps and --warmup-ratio give different ones."""
+    if cfg.schedule == "constant" and not cfg.lr_stages:
+        return 0
+    by_ratio = math.ceil(cfg.warmup_ratio * total)
+    if cfg.warmup_ratio and cfg.warmup_steps not in (None, 0, by_ratio):
+        raise UserError(
+            f"--warmup-steps {cfg.warmup_steps} and --warmup-ratio {cfg.warmup_ratio:g}, which makes {by_ratio} of "
+            f"{total} steps: give one of them (--warmup-steps 0 leaves it to the ratio)"
+        )
+    if cfg.warmup_ratio or cfg.warmup_steps is not None:
+        return cfg.warmup_steps or by_ratio
+    return 1000 if cfg.schedule in FROM_START else 0
+
+
+def check(cfg: OptimConfig) -> None:
+    """UserError where rates are none, before anything is built."""
+    stages(cfg)
+    if not 0 <= cfg.warmup_ratio <= 1:
+        raise UserError(f"--warmup-ratio: {cfg.warmup_ratio:g} is no share of the steps (0 to 1)")
+    if cfg.mm_projector_lr is not None and not (cfg.mm_projector_lr >= 0 and stages(cfg)[0][1] > 0):
+        raise UserError(f"--mm-projector-lr {cfg.mm_projector_lr:g}: needs to be 0 or more, and --lr to be above 0")
 
 
 def stages(cfg: OptimConfig) -> list[tuple[int, float]]:
@@ -82,15 +133,18 @@ class AdamW(torch.optim.AdamW):
 
 
 def build(module: nn.Module, cfg: OptimConfig) -> AdamW:
-    """Fused AdamW over what trains in `module`; vectors, biases and norms are not decayed."""
-    decay, plain = [], []
+    """Fused AdamW over what trains in `module`; vectors, biases, norms and Mamba's A_log are not decayed."""
+    share = 1.0 if cfg.mm_projector_lr is None else cfg.mm_projector_lr / stages(cfg)[0][1]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {
+        (rate, decay): [] for rate in (1.0, share) for decay in (cfg.weight_decay, 0.0)
+    }
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
-            (plain if spared else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+            spared = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn", "A_log"))
+            key = share if CONNECTORS.search(name) else 1.0, 0.0 if spared else cfg.weight_decay
+            groups[key].append(parameter)
+    made = [{"params": held, "share": key[0], "weight_decay": key[1]} for key, held in groups.items() if held]
+    return AdamW(made, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
 
 
 def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:
@@ -103,8 +157,9 @@ def grad_norm(optimizer: torch.optim.Optimizer, clip: float) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate; connectors that have their own get it in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("share", 1.0)
 
 
 def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -233,6 +233,9 @@ def test_amp_keeps_a_mixed_precision_and_lifts_fp32(tmp_path: Path) -> None:
         ("--bf16 --fp16", "--bf16 and --fp16 give precision different values"),
         ("--no-amp --bf16", "--amp and --bf16 give precision different values"),
         ("--amp --no-bf16 --no-fp16", "--amp and --bf16 and --fp16 give precision different values"),
+        ("--report_to wandb", "--report_to: 'wandb' (only tensorboard here)"),
+        ("--run-name", "--run-name: needs a value"),
+        ("--arch minigpt_v2", "unknown option --arch"),  # a key of YAML files only
         ("train", "unexpected argument 'train' (options start with --)"),
         ("--evaluate train", "unexpected argument 'train' (options start with --)"),
         ("--cfg no/such.yaml", "--cfg: no/such.yaml not found"),
@@ -270,6 +273,10 @@ def test_yaml_errors(tmp_path: Path, text: str, message: str) -> None:
     where, _, rest = str(caught.value).partition(": ")
     assert where.startswith(str(tmp_path / "x.yaml"))
     assert rest.startswith(message)
+
+
+def test_flags_that_leave_no_choice() -> None:
+    assert load("--report_to", "tensorboard", "--run_name=first") == Config()
 
 
 def test_same_value_by_two_names_and_a_repeated_flag() -> None:

@@ -2,6 +2,7 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from common import optim
 from common.config import UserError
 from common.optim import OptimConfig, lr_at
+from model.mamba import MambaConfig, Mixer
 
 ROOT = Path(__file__).parents[2]
 TOTAL = 30_000  # 30 epochs of 1000 steps
@@ -30,23 +32,95 @@ def test_rate_of_stage_2_is_constant():
     assert {lr_at(step, TOTAL, cfg) for step in range(0, TOTAL, 250)} == {1e-6}
 
 
-def test_other_schedules():
-    cfg = OptimConfig(lr=4e-4, min_lr=1e-4, warmup_lr=0.0, warmup_steps=10, schedule="constant")
-    assert [lr_at(step, 100, cfg) for step in (0, 5, 10, 99)] == pytest.approx([0.0, 2e-4, 4e-4, 4e-4])
-    cfg.schedule = "linear"
+def test_a_line_from_step_0_on():
+    cfg = OptimConfig(lr=4e-4, min_lr=1e-4, warmup_lr=0.0, warmup_steps=10, schedule="linear_warmup_linear")
     assert [lr_at(step, 100, cfg) for step in (5, 10, 50, 100)] == pytest.approx([2e-4, 3.7e-4, 2.5e-4, 1e-4])
 
 
-@pytest.mark.parametrize("schedule", ["linear", "linear_warmup_cosine"])
+def transformers_rates(schedule, steps, lr, **more):
+    """Learning rates of transformers' scheduler of that name at each step."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = get_scheduler(schedule, optimizer, **more)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warm", [0, 1, 7, 97])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "constant_with_warmup"])
+def test_schedules_of_transformers_step_by_step(schedule, warm):
+    """Its names with nothing else said: from 0 to lr, down to 0 at the last step, and no further."""
+    cfg = OptimConfig(lr=2e-5, warmup_steps=warm, schedule=schedule)
+    steps = {} if schedule == "constant" else {"num_warmup_steps": warm}
+    steps |= {"num_training_steps": 97} if schedule in ("cosine", "linear") else {}
+    expected = transformers_rates(schedule, 97, 2e-5, **steps)
+    assert [lr_at(step, 97, cfg) for step in range(97)] == pytest.approx(expected, rel=1e-12, abs=1e-20)
+    assert lr_at(120, 97, cfg) == (2e-5 if "constant" in schedule else 0.0)
+
+
+def test_a_cosine_to_a_rate_above_0_is_transformers():
+    cfg = OptimConfig(lr=2e-5, min_lr=3e-6, warmup_steps=9, schedule="cosine")
+    more = {"num_warmup_steps": 9, "num_training_steps": 80, "scheduler_specific_kwargs": {"min_lr": 3e-6}}
+    expected = transformers_rates("cosine_with_min_lr", 80, 2e-5, **more)
+    assert [lr_at(step, 80, cfg) for step in range(80)] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("ratio", "total"), [(0.03, 100), (0.03, 101), (0.1, 7), (0.5, 1), (1.0, 12)])
+def test_the_warm_ups_share_of_the_steps_is_rounded_up(ratio, total):
+    warm = math.ceil(ratio * total)
+    expected = transformers_rates("cosine", total, 1e-3, num_training_steps=total, num_warmup_steps=warm)
+    for steps in (None, 0):
+        cfg = OptimConfig(lr=1e-3, warmup_steps=steps, warmup_ratio=ratio, schedule="cosine")
+        assert [lr_at(step, total, cfg) for step in range(total)] == pytest.approx(expected, rel=1e-12, abs=1e-20)
+
+
+def test_the_warm_up_where_nothing_is_said_of_it():
+    lengths = {schedule: optim.warmup(5000, OptimConfig(schedule=schedule)) for schedule in optim.SCHEDULES}
+    assert lengths == dict.fromkeys(optim.SCHEDULES, 0) | dict.fromkeys(optim.FROM_START, 1000)
+
+
+def test_a_warm_up_given_in_two_ways():
+    cfg = OptimConfig(warmup_steps=3, warmup_ratio=0.03)
+    assert optim.warmup(100, cfg) == 3
+    with pytest.raises(UserError) as error:
+        optim.warmup(101, cfg)
+    assert str(error.value) == (
+        "--warmup-steps 3 and --warmup-ratio 0.03, which makes 4 of 101 steps: give one of them "
+        "(--warmup-steps 0 leaves it to the ratio)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"warmup_ratio": 1.5}, "--warmup-ratio: 1.5 is no share of the steps (0 to 1)"),
+        ({"warmup_ratio": -0.1}, "--warmup-ratio: -0.1 is no share of the steps (0 to 1)"),
+        ({"mm_projector_lr": -1.0}, "--mm-projector-lr -1: needs to be 0 or more, and --lr to be above 0"),
+        ({"mm_projector_lr": 1.0, "lr": 0.0}, "--mm-projector-lr 1: needs to be 0 or more, and --lr to be above 0"),
+        ({"lr_stages": {"5": 1e-5}}, "--optim.lr-stages: begins at epoch 5, not at 0"),
+    ],
+)
+def test_rates_that_cannot_be(values, reason):
+    with pytest.raises(UserError) as error:
+        optim.check(OptimConfig(**values))
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize("schedule", ["linear", "linear_warmup_linear", "linear_warmup_cosine", "cosine"])
 def test_rate_stays_at_its_end_after_the_last_step(schedule):
     cfg = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=0, schedule=schedule)
     assert [lr_at(step, 100, cfg) for step in (100, 150)] == pytest.approx([1e-5, 1e-5])
 
 
 def test_warm_up_edges():
-    cfg = OptimConfig(lr=1e-3, warmup_lr=-1.0, warmup_steps=10, schedule="constant")
+    cfg = OptimConfig(lr=1e-3, warmup_lr=-1.0, warmup_steps=10, schedule="constant_with_warmup")
     assert [lr_at(step, 100, cfg) for step in (0, 9, 10)] == [1e-3] * 3  # below 0 means lr
-    cfg = OptimConfig(lr=1e-3, warmup_lr=1e-2, warmup_steps=10, schedule="constant")
+    cfg = OptimConfig(lr=1e-3, warmup_lr=1e-2, warmup_steps=10, schedule="constant_with_warmup")
     assert lr_at(0, 100, cfg) == 1e-3  # never above lr
     assert lr_at(0, 100, OptimConfig(lr=1e-3, warmup_steps=0)) == 1e-3
 
@@ -62,6 +136,8 @@ def test_stages_replace_the_schedule_after_the_warm_up():
     assert backwards == [lr_at(step, TOTAL, cfg, 1000) for step in steps][::-1]
     cfg.warmup_lr, cfg.warmup_steps = -1.0, 10
     assert lr_at(0, TOTAL, cfg, 1000) == 1e-5
+    cfg.warmup_lr, cfg.schedule = 0.0, "constant"  # of which only the rates are replaced
+    assert lr_at(5, TOTAL, cfg, 1000) == 5e-6
 
 
 @pytest.mark.parametrize(
@@ -111,6 +187,62 @@ def test_decay_groups():
     assert len(optim.build(nn.Linear(2, 2, bias=False), OptimConfig()).param_groups) == 1
 
 
+class Joined(nn.Module):
+    """A decoder, a connector and a layer of a Mamba, by the names that they have in an Mllm."""
+
+    def __init__(self):
+        super().__init__()
+        self.llm = nn.Linear(4, 4)
+        self.projections = nn.ModuleDict({"video": nn.Linear(4, 4), "history": Mixer(MambaConfig(8, 4, 1, 2, 4, 1))})
+
+    def forward(self, x):
+        return self.projections["history"](self.projections["video"](self.llm(x))[None]).square().mean()
+
+
+def test_connectors_have_a_rate_of_their_own_and_mambas_states_no_decay():
+    torch.manual_seed(0)
+    module, cfg = Joined(), OptimConfig(lr=1e-4, mm_projector_lr=5e-4, weight_decay=0.1)
+    optimizer = optim.build(module, cfg)
+    names = {id(p): name for name, p in module.named_parameters()}
+    optim.set_lr(optimizer, 2e-5)
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    inside = {name: (2e-5, 0.1) for name in names.values() if name.startswith("projections.history.")}
+    inside |= {name: (2e-5, 0.0) for name in inside if name.endswith(("bias", ".A_log", ".D"))}
+    assert {"projections.history.A_log", "projections.history.D"} <= set(inside)
+    assert found == inside | {
+        "llm.weight": (2e-5, 0.1), "llm.bias": (2e-5, 0.0),
+        "projections.video.weight": (pytest.approx(1e-4), 0.1), "projections.video.bias": (pytest.approx(1e-4), 0.0),
+    }  # fmt: skip
+    staged = optim.build(module, replace(cfg, lr_stages={"0": 1e-3}))
+    optim.set_lr(staged, 1e-3)
+    assert sorted({group["lr"] for group in staged.param_groups}) == pytest.approx([5e-4, 1e-3])
+
+
+def test_a_run_with_a_rate_for_connectors_goes_on_as_if_unbroken():
+    cfg = OptimConfig(lr=1e-2, mm_projector_lr=3e-2, warmup_ratio=0.3, schedule="cosine")
+
+    def joined(seed):
+        torch.manual_seed(seed)
+        return Joined()
+
+    unbroken, before, after = joined(0), joined(0), joined(1)
+    train(unbroken, optim.build(unbroken, cfg), range(10), cfg)
+    optimizer = optim.build(before, cfg)
+    train(before, optimizer, range(4), cfg)
+    after.load_state_dict(before.state_dict())
+    resumed = optim.build(after, cfg)
+    optim.load_state_tensors(after, resumed, optim.state_tensors(before, optimizer))
+    train(after, resumed, range(4, 10), cfg)
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+    without = joined(0)
+    plain = replace(cfg, mm_projector_lr=None)
+    train(without, optim.build(without, plain), range(10), plain)
+    assert not torch.equal(without.projections["video"].weight, unbroken.projections["video"].weight)
+
+
 def test_update_is_the_formula_of_adamw():
     """Three steps against decoupled weight decay written out in float64 (Loshchilov & Hutter 2019, algorithm 2)."""
     module = nn.Linear(3, 2)
@@ -153,13 +285,13 @@ def test_norm_without_clipping_leaves_infinite_gradients_as_they_are():
     assert module.weight.grad.tolist() == [[math.inf, 1.0]]
 
 
-def train(module, optimizer, steps):
+def train(module, optimizer, steps, cfg=OptimConfig(lr=1e-2, warmup_steps=3)):  # noqa: B008
     for step in steps:
         torch.manual_seed(step)
         optimizer.zero_grad()
         module(torch.randn(8, 4)).backward()
         optim.grad_norm(optimizer, 1.0)
-        optim.set_lr(optimizer, lr_at(step, 10, OptimConfig(lr=1e-2, warmup_steps=3)))
+        optim.set_lr(optimizer, lr_at(step, 10, cfg))
         optimizer.step()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import checkpoint, config, dist, optim, shard
+from common import checkpoint, config, deepspeed, dist, optim, shard
 from common.config import UserError, opt
 from common.log import Logger
 from common.optim import OptimConfig, lr_at
@@ -62,6 +62,11 @@ class Config:
         "grads: keep them until its backward pass (ZeRO-2)", "--shard", choices=("grads", "full"), bare="full",
     )  # fmt: skip
     offload: bool = opt(False, "--shard: hold the parts, and the optimiser's, in host memory", "--offload")
+    deepspeed: str | None = opt(
+        None, "DeepSpeed's JSON, for its ZeRO stage, offloading, precision, clipping, batch and optimiser; the command "
+        "must not say otherwise", "--deepspeed",
+    )  # fmt: skip
+    tf32: bool = opt(False, "multiply float32 matrices in TF32 on a GPU; no effect on a CPU", "--tf32")
     seed: int = opt(42, "seed of everything random", "--seed")
     num_workers: int = opt(6, "threads that read clips ahead", "--num-workers")
     log_every: int = opt(50, "optimiser steps between log lines", "--log-every")
@@ -70,7 +75,13 @@ class Config:
     eval_batch_size: int = opt(8, "clips decoded together", "--eval-batch-size")
     eval_limit: int = opt(0, "most validation clips; 0: all")
     save_every: int = opt(1, "epochs between checkpoints", "--save-every")
-    save_steps: int = opt(0, "also a checkpoint every so many steps; 0: none", "--save-steps")
+    save_steps: int = opt(
+        0, "also a checkpoint every so many steps; 0: none, or 500 by --save-strategy steps", "--save-steps"
+    )
+    save_strategy: str | None = opt(
+        None, "checkpoints by steps only, by epochs only, or no others than the last and the best; none: by both",
+        "--save-strategy", choices=("no", "steps", "epoch"),
+    )  # fmt: skip
     save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
     metric: str = opt(
         "weighted_f1", "validation score that chooses the best; of a dialogue's field its weighted F1", "--metric",
@@ -93,12 +104,19 @@ class Config:
         """Whether evaluations choose a best checkpoint."""
         return self.save_best or self.patience > 0
 
+    def saves(self) -> tuple[int, int]:
+        """Epochs and steps between checkpoints, 0: none; the last and the best come besides."""
+        by_epochs = self.save_every if self.save_strategy in (None, "epoch") else 0
+        by_steps = {None: self.save_steps, "steps": self.save_steps or 500}.get(self.save_strategy, 0)
+        return by_epochs, by_steps
+
 
 def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in which it happens)
     here = dist.ranks(cfg.device)
     say = print if here.main else lambda *_: None
     if cfg.seed < 0:
         raise UserError(f"--seed: {cfg.seed} is negative")
+    cfg = deepspeed.apply(cfg, here.world, say)
     if cfg.fast:
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
         dist.connect(here, bool(cfg.shard))
@@ -113,6 +131,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     amp = partial(torch.autocast, here.device.type, dtype, enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
+    dist.use_tf32(cfg.tf32, here.device)
 
     # ---- data and model, checked before any connection is opened
     task = task_of(cfg)(cfg)
@@ -241,9 +260,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
                 scores = task.validate(mllm, tokenizer, asked, amp, log, step)
             better = progress.scored(cfg, task, scores, epoch, name)
         ended = progress.ended(cfg, total)
-        if at_end and (epoch % cfg.save_every == 0 or better or ended):
+        by_epochs, by_steps = cfg.saves()
+        if at_end and ((by_epochs and epoch % by_epochs == 0) or better or ended):
             save(name)
-        elif cfg.save_steps and step % cfg.save_steps == 0:
+        elif by_steps and step % by_steps == 0:
             save(f"step_{step:06d}")
         if ended:
             break

@@ -227,6 +227,19 @@ def preset(cfg: T, values: dict[str, Any]) -> T:
     return _build(type(cfg), dict(_flat(schema, to_dict(cfg))) | fresh, given)
 
 
+def add(cfg: T, settings: list[Setting], by: str) -> T:
+    """`cfg` under the settings of another file, which its command named in the field at `by`, as if it had said them.
+
+    UserError: it says otherwise itself.
+    """
+    schema, given = _schema(type(cfg)), _given(cfg)
+    values = dict(_flat(schema, to_dict(cfg)))
+    own = [(f"{name} {text(values[path])}", path, values[path]) for path, name in given.paths.items()]
+    names = _assign(schema, values, [*own, *settings])
+    flags = [*given.flags, *settings] if flagged(cfg, by) else given.flags  # a resumed run hears flags, not its YAML
+    return _build(type(cfg), values, Given(flags, names, given.file))
+
+
 def source(cfg: Any) -> str | None:
     """The YAML file of the command that made `cfg`."""
     return _given(cfg).file

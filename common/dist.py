@@ -101,6 +101,13 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
+def use_tf32(on: bool, device: torch.device) -> None:
+    """Whether float32 matmuls on a GPU round what they multiply to TF32; elsewhere nothing happens."""
+    if device.type == "cuda":
+        # not fp32_precision of torch.backends: torch.compile, which reads this one, fails where that was set
+        torch.set_float32_matmul_precision("high" if on else "highest")
+
+
 def all_sum(*values: float, device: torch.device | None = None) -> list[float]:
     """Sums each number over all ranks."""
     if not td.is_initialized():

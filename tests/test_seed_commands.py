@@ -150,10 +150,11 @@ FLAGS = {
         decode.temperature --temperature, decode.top_p --top-p, decode.repetition_penalty,
         ckpt --ckpt, out --out, epochs --epochs, iters_per_epoch --iters-per-epoch, batch_size --batch-size,
         accum --accum, tokens_per_batch --tokens-per-batch, precision --precision, device --device,
-        compile --compile, shard --shard, offload --offload, seed --seed,
+        compile --compile, shard --shard, offload --offload, deepspeed --deepspeed, tf32 --tf32, seed --seed,
         num_workers --num-workers,
         log_every --log-every, evaluate --evaluate, eval_every --eval-every, eval_batch_size --eval-batch-size,
-        eval_limit, save_every --save-every, save_steps --save-steps, save_best --save-best, metric --metric,
+        eval_limit, save_every --save-every, save_steps --save-steps, save_strategy --save-strategy,
+        save_best --save-best, metric --metric,
         patience --patience, keep --keep, keep_best --keep-best, test --test, resume --resume, overwrite --overwrite,
         fast --fast, dry_run --dry-run""",
     "train_mosei": """

@@ -674,6 +674,86 @@ def test_stage_2_starts_from_the_weights_of_stage_1(merr, tmp_path, capsys, fail
     )
 
 
+# ---- flags of transformers' trainer, and DeepSpeed's file
+
+EPOCHS = ["--num_train_epochs", 3, "--iters-per-epoch", 2, "--per_device_train_batch_size", 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--save_strategy steps --save_steps 1 --save_total_limit 99", "s1 s2 s3 s4 s5 e3"),
+        ("--save_strategy steps --save_steps 2 --save_total_limit 1", "e3"),
+        ("--save_strategy steps", "e3"),  # every 500 steps
+        ("--save_strategy epoch --save_steps 1", "e1 e2 e3"),
+        ("--save_strategy epoch --save_every 2", "e2 e3"),
+        ("--save_strategy no --save_steps 1", "e3"),
+        ("--save_steps 3", "e1 s3 e2 e3"),
+    ],
+)
+def test_which_checkpoints_a_strategy_saves(merr, tmp_path, flags, names):
+    assert train([*merr.argv, *EPOCHS, *flags.split(), "--output_dir", tmp_path]) == 0
+    kept = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert kept == [{"e": "epoch_00", "s": "step_00000"}[name[0]] + name[1] for name in names.split()]
+    assert os.readlink(tmp_path / "checkpoints/last") == "epoch_003"
+
+
+def test_without_checkpoints_by_time_the_best_is_kept(merr, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.2, 0.8, 0.4], "uar")
+    more = ["--evaluate", "--eval-every", 1, "--save-best", "--metric", "uar", "--save_strategy", "no"]
+    assert train([*merr.argv, *EPOCHS, *more, "--out", tmp_path]) == 0
+    kept = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["epoch_001", "epoch_002", "epoch_003"]  # the first was the best then
+    assert os.readlink(tmp_path / "checkpoints/best") == "epoch_002"
+
+
+def test_rates_of_connectors_and_the_cosine_resume_exactly(merr, tmp_path, monkeypatch):
+    argv = [*merr.argv, *EPOCHS, "--learning_rate", 2e-3, "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.2]
+    argv += ["--min-lr", 0, "--mm_projector_lr", 4e-3, "--save_strategy", "steps", "--save_steps", 3]
+    argv += ["--logging_steps", 1, "--tf32", "True"]
+    asked, groups, set_lr = [], [], optim.set_lr
+    monkeypatch.setattr(dist, "use_tf32", lambda on, device: asked.append((on, device.type)))
+
+    def watched(optimizer, lr):
+        set_lr(optimizer, lr)
+        groups.append({group["lr"] for group in optimizer.param_groups})
+
+    monkeypatch.setattr(optim, "set_lr", watched)
+    assert train([*argv, "--out", tmp_path / "whole"]) == 0
+    assert asked == [(True, "cpu")]
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    rates = [0, 2e-3 / 2, *(1e-3 * (1 + np.cos(np.pi * i / 4)) for i in range(4))]  # two of six steps warm up
+    assert [record["lr"] for record in log if "lr" in record] == pytest.approx(rates)
+    assert [sorted(each) for each in groups[1:]] == [pytest.approx([lr, 2 * lr]) for lr in rates[1:]]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "part", symlinks=True)
+    shutil.rmtree(tmp_path / "part/checkpoints/epoch_003")
+    (tmp_path / "part/checkpoints/last").unlink()
+    assert train([*argv, "--out", tmp_path / "part", "--resume"]) == 0
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+
+
+def test_deepspeeds_file_sets_what_the_command_leaves_open(merr, tmp_path, fails, capsys):
+    file = tmp_path / "zero1.json"
+    file.write_text(json.dumps({
+        "zero_optimization": {"stage": 1, "overlap_comm": True}, "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto",
+    }))  # fmt: skip
+    argv = [*merr.argv, "--epochs", 1, "--iters-per-epoch", 1, "--deepspeed", file, "--out", tmp_path / "run"]
+    assert train([*argv, "--accum", 2]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "zero1.json: stage 1 -> no --shard, gradient_clipping 0.5 -> --grad-clip 0.5, "
+        "train_micro_batch_size_per_gpu 2 -> --batch-size 2\nzero1.json: not needed here: overlap_comm\n"
+    )
+    assert "batch 2 x 1 processes x 2 accumulated = 4" in said
+    saved = checkpoint.read_state(tmp_path / "run/checkpoints/last")["config"]
+    assert (saved["deepspeed"], saved["optim"]["grad_clip"], saved["shard"]) == (str(file), 0.5, None)
+    assert fails(*argv, "--overwrite", "--max_grad_norm", 1.0) == (
+        f"--max_grad_norm 1.0 and {file}: gradient_clipping 0.5 give optim.grad_clip different values"
+    )
+
+
 # ---- the log, the best checkpoint, the control
 
 
@@ -944,6 +1024,10 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
         (["--data.curriculum-share", 2, "--optim.lr-stages", "3=1e-5"],
          "--data.curriculum-share: 2 is not above 0 and at most 1; --optim.lr-stages: begins at epoch 3, not at 0"),
         (["--optim.lr-stages", "0=fast"], "--optim.lr-stages: 'fast' is not a float"),
+        (["--warmup_ratio", 1.5], "--warmup-ratio: 1.5 is no share of the steps (0 to 1)"),
+        (["--epochs", 2, "--iters-per-epoch", 50, "--warmup-steps", 5, "--warmup-ratio", 0.1],
+         "--warmup-steps 5 and --warmup-ratio 0.1, which makes 10 of 100 steps: give one of them "
+         "(--warmup-steps 0 leaves it to the ratio)"),
         (["--data.replay", "old.txt"], "annotation_file 'old.txt' not found (looked for {root}/old.txt and old.txt)"),
         (["--tokens-per-batch", "-1"], "--tokens-per-batch: -1 is negative"),
         (["--data.augmentations", "blur=0.5"],

@@ -89,6 +89,19 @@ for keep in (False, True):
     assert given_back < 32 < kept
 
 
+def test_tf32_is_for_gpus_alone():
+    before = torch.get_float32_matmul_precision()
+    try:
+        dist.use_tf32(True, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == before
+        dist.use_tf32(True, torch.device("cuda", 0))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision) == ("high", "tf32")
+        dist.use_tf32(False, torch.device("cuda", 0))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision) == ("highest", "ieee")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_seeds_are_a_function_of_seed_step_and_rank():
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**40, 3, 1)]
     drawn = []

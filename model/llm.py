@@ -19,6 +19,9 @@ from common.weights import find_weights, load_strict, read_json
 from model.quant import quantize
 
 SHARD = 5 * 10**9  # bytes of weights in one file, as the Hub's own models have them
+# a VideoLLaMA2's own parts beside its language model, which other modules read
+PARTS = ("model.mm_projector.", "model.mm_projector_a.", "model.vision_tower.", "model.audio_tower.",
+         "model.mamba_compressor.")  # fmt: skip
 FEW = 64  # rows of a product that Linear lays out for a CPU
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -48,7 +51,7 @@ class LlamaConfig:
         where, given = ("config", source) if isinstance(source, dict) else (source, read_json(source))
         rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
         for key, value, allowed in (
-            ("model_type", given.get("model_type"), ("llama", "qwen2")),
+            ("model_type", given.get("model_type"), ("llama", "qwen2", "videollama2_qwen2")),
             ("hidden_act", given.get("hidden_act", "silu"), ("silu",)),
             ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
             ("use_sliding_window", given.get("use_sliding_window", False), (False,)),
@@ -266,6 +269,7 @@ class Llama(nn.Module):
     ) -> "Llama":
         """A published or saved model, from a folder or a hub name (see find_weights), in eval mode.
 
+        Of a VideoLLaMA2 or a MultiMood, whose towers and connectors lie in the same files, the language model alone.
         With `quant` (int8 or nf4) the linears of its layers are put into few bits as they are read. With `mapped` the
         weights stay in their files, and in the files' dtype, until they are moved.
         """
@@ -281,7 +285,7 @@ class Llama(nn.Module):
 
         ignore = ("rotary_emb.inv_freq", *tied)
         kept = None if mapped else dtype
-        llm.coverage = load_strict(llm, folder, kept, device, ignore, then=shrink, mapped=mapped)
+        llm.coverage = load_strict(llm, folder, kept, device, ignore, then=shrink, mapped=mapped, aside=PARTS)
         llm.tie()
         return llm.eval()
 

@@ -30,6 +30,10 @@ CHUNK = 512  # labelled positions whose logits exist at one time
 @dataclass
 class MllmConfig:
     llm: str = opt("meta-llama/Llama-2-7b-chat-hf", "language model: folder or hub name", "--llm")
+    model_type: str = opt(
+        "auto", "what the language model must be; auto: what its config.json says", "--model-type",
+        choices=("auto", "llama", "qwen2", "videollama2_qwen2"),
+    )  # fmt: skip
     tokenizer: str | None = opt(None, "tokenizer: file or folder; default: beside the language model", "--tokenizer")
     lora_r: int = opt(64, "LoRA rank", "--lora-r", span=(32, 128))
     lora_alpha: int = opt(16, "LoRA alpha; the update is scaled by alpha / r", "--lora-alpha", span=(8, 32))
@@ -372,6 +376,7 @@ def build(
     A fully trained language model comes whole from its checkpoint, so only its shape is taken from `folder` here. With
     `mapped` base weights stay in their files, as Llama.from_pretrained says.
     """
+    check_type(cfg, folder)
     torch.manual_seed(0)  # adapters and projections start alike on every rank and in every run of a recipe
     if cfg.full and folder is not None:
         with torch.device("meta"):
@@ -393,6 +398,17 @@ def build(
     if cfg.towers.mamba_compressor:
         compressor = build_compressor(cfg.towers, llm.config.hidden_size, tokenizer, device, folder)
     return Mllm(cfg, llm, compressor).to(device), tokenizer
+
+
+def check_type(cfg: MllmConfig, folder: Path | None) -> None:
+    """UserError unless the language model that build() would take is what --model-type says."""
+    if cfg.full and folder is not None:
+        file = folder / "llm_config.json"
+    else:
+        file = find_weights(cfg.llm, "language model") / "config.json"
+    found = "qwen2" if LlamaConfig.from_json(file).attention_bias else "llama"
+    if cfg.model_type != "auto" and not cfg.model_type.endswith(found):
+        raise UserError(f"--model-type {cfg.model_type}: {file} is of a {found} (auto takes what there is)")
 
 
 def build_compressor(

@@ -128,7 +128,7 @@ BLOCKS = [
 ]  # fmt: skip
 FLAGS = {
     "train_llm": """
-        model.llm --llm, model.tokenizer --tokenizer, model.lora_r --lora-r, model.lora_alpha --lora-alpha,
+        model.llm --llm, model.model_type --model-type, model.tokenizer --tokenizer, model.lora_r --lora-r, model.lora_alpha --lora-alpha,
         model.lora_dropout --lora-dropout --dropout, model.lora_targets, model.full --full, model.features,
         model.feature_tokens, model.feature_dropout, model.end_sym, model.normalize,
         model.visual, model.visual_encoder --visual-encoder, model.visual_weights, model.visual_options,

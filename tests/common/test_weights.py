@@ -97,6 +97,18 @@ def test_load_strict_under_other_names(tmp_path):
     assert torch.equal(linear.bias, bias)
 
 
+def test_load_strict_leaves_named_parts_aside(tmp_path):
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    parts = {"eye.a": torch.ones(1), "eye.b": torch.ones(1), "eyes.a": torch.ones(1)}
+    save_file({"weight": weight, "bias": bias, "inv_freq": torch.ones(1), **parts}, tmp_path / "model.safetensors")
+    linear = nn.Linear(2, 3)
+    covered = load_strict(linear, tmp_path, ignore=("inv_freq",), aside=("ear.", "eye.", "eyes."))
+    assert covered == "2/2 tensors, 1 not used, left aside: 2 of eye, 1 of eyes"
+    assert torch.equal(linear.weight, weight)
+    with pytest.raises(UserError, match=r"1 unexpected: eyes\.a$"):
+        load_strict(linear, tmp_path, ignore=("inv_freq",), aside=("eye.",))
+
+
 def in_file(tensor, path):
     """Whether a tensor lies in this process's mapping of a file."""
     with open("/proc/self/maps") as maps:

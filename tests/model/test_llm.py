@@ -259,6 +259,35 @@ def test_load_refuses_a_shard_that_is_missing_and_another_models_layers(tmp_path
         Llama.from_pretrained(tmp_path)
 
 
+def test_the_language_model_of_a_videollama2(tmp_path):
+    """Its files hold towers and connectors too, and its config.json says more than a Qwen2's."""
+    llm = small(attention_bias=True)
+    llm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "qwen2"
+    config |= {"model_type": "videollama2_qwen2", "architectures": ["Videollama2Qwen2ForCausalLM"],
+               "mm_vision_tower": "google/siglip-so400m-patch14-384", "mm_projector_type": "stc_connector_v35",
+               "num_frames": 16, "use_sliding_window": False, "sliding_window": 131072}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = load_file(tmp_path / "model.safetensors")
+    others = ["mm_projector.s1.b1.conv1.conv.weight", "mm_projector.readout.0.weight", "mm_projector_a.weight",
+              "vision_tower.vision_tower.vision_model.post_layernorm.weight", "audio_tower.patch_embedding.weight",
+              "audio_tower.layer_norm.weight", "mamba_compressor.memory_projection.weight"]  # fmt: skip
+    parts = {f"model.{name}": torch.ones(2) for name in others}
+    save_file(state | parts, tmp_path / "model.safetensors")
+    loaded = Llama.from_pretrained(tmp_path)
+    assert loaded.coverage == (
+        f"{len(state)}/{len(state)} tensors, left aside: 2 of model.mm_projector, 1 of model.mm_projector_a, 1 of "
+        "model.vision_tower, 2 of model.audio_tower, 1 of model.mamba_compressor"
+    )
+    ids = torch.randint(0, 97, (1, 9))
+    assert torch.equal(loaded(ids), llm(ids))
+    assert loaded.config == llm.config
+    save_file(state | parts | {"model.adapter.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 unexpected: model\.adapter\.weight"):  # nothing is left aside by chance
+        Llama.from_pretrained(tmp_path)
+
+
 def test_config_of_every_transformers_generation(tmp_path):
     old = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
     old |= {"model_type": "llama", "rms_norm_eps": 1e-5, "torch_dtype": "float16", "pretraining_tp": 1}
@@ -279,14 +308,15 @@ def test_config_of_every_transformers_generation(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "config: model_type 'mistral' is not supported (only 'llama', 'qwen2')"),
+        ({"model_type": "mistral"},
+         "config: model_type 'mistral' is not supported (only 'llama', 'qwen2', 'videollama2_qwen2')"),
         ({"hidden_act": "gelu"}, "config: hidden_act 'gelu' is not supported (only 'silu')"),
         ({"rope_scaling": {"type": "linear"}}, "config: rope type 'linear' is not supported (only 'default')"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "config: rope type 'llama3' is not supported (only 'default')"),
         ({"attention_bias": True}, "config: attention_bias True is not supported (only False)"),
         ({"hidden_size": None}, "config: incomplete config, no hidden_size"),
     ],
-)
+)  # fmt: skip
 def test_config_that_would_compute_something_else(changes, message):
     given = {k: v for k, v in SMALL.items() if k != "head_dim"} | {"model_type": "llama"}
     with pytest.raises(UserError) as error:

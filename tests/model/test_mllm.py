@@ -1,5 +1,6 @@
 """Packing, projections and loss of the multimodal model, against formulas and Emotion-LLaMA's published prompt."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from common import checkpoint, config
 from common.config import UserError
@@ -271,6 +273,44 @@ def test_a_checkpoint_gives_the_model_back(merr, tmp_path, full):
         with pytest.raises(UserError) as error:
             mllm.load(folder, known, device, torch.float32)
         assert str(error.value) == f"{folder}: was trained on other weights of {base} than those found here"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "kind"),
+    [
+        ("qwen2", "videollama2_qwen2", "qwen2"),
+        ("videollama2_qwen2", "videollama2_qwen2", "qwen2"),
+        ("videollama2_qwen2", "qwen2", "qwen2"),  # as MultiMood's own command does
+        ("auto", "videollama2_qwen2", "qwen2"),
+        ("llama", "qwen2", "qwen2"),
+        ("llama", "videollama2_qwen2", "qwen2"),
+        ("videollama2_qwen2", "llama", "llama"),
+        ("llama", "llama", "llama"),
+    ],
+)
+def test_the_type_of_the_language_model(tmp_path, asked, told, kind):
+    make_qwen(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": told}))
+    if kind == "llama":
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("_proj.bias")}
+        save_file(tensors, tmp_path / "model.safetensors")
+    cfg = replace(SMALL, llm=str(tmp_path), model_type=asked)
+    if asked == "auto" or asked.endswith(kind):
+        model, _ = mllm.build(cfg, torch.float32, torch.device("cpu"))
+        assert model.llm.config.attention_bias == (kind == "qwen2")
+    else:
+        with pytest.raises(UserError) as error:
+            mllm.build(cfg, torch.float32, torch.device("cpu"))
+        assert str(error.value) == f"--model-type {asked}: {config} is of a {kind} (auto takes what there is)"
+
+
+def test_a_checkpoint_of_another_type_is_refused(tmp_path):
+    (tmp_path / "llm_config.json").write_text(json.dumps(LlamaConfig(8, 4, 4, 1, 1, 1, 4).to_json()))
+    cfg = replace(SMALL, llm="not/there", full=True, model_type="qwen2")
+    with pytest.raises(UserError, match=r"^--model-type qwen2: .*llm_config\.json is of a llama"):
+        mllm.build(cfg, torch.float32, torch.device("cpu"), tmp_path)
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

@@ -72,7 +72,7 @@ def test_flags_in_the_text_are_options():
     names = ["train_llm", "train_mosei", "train_clap", "train_slm", "meld_train", "eval", "predict", "extract"]
     for name in [*names, "tools.download_mosei", "tools.export", "data.gottalent"]:
         known |= set(config.Schema(importlib.import_module(name).Config).names)
-    others = "hf |pip |tensorboard |torchrun --standalone"
+    others = "hf |pip |tensorboard |torchrun |--nnodes"
     spans = [span for span in re.findall(r"`([^`\n]+)`", README) if not re.match(others, span)]
     quoted = [flag for span in spans for flag in re.findall(r"(?<![\w-])--([\w.-]+)", span)]
     assert len(quoted) > 30

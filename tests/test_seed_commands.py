@@ -1,6 +1,7 @@
-"""The guides of Emotion-LLaMA, MOSEI and the speech pipeline: every YAML block and command works under our names."""
+"""The guides of Emotion-LLaMA, MultiMood, MOSEI and the speech pipeline: every YAML block and command works here."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ BLOCKS = [
     (STAGE2, RECIPE | OF_STAGE2),
     ("# Stage 1: init_lr: 1e-5\n# Stage 2: init_lr: 1e-6", {}),
     ("batch_size: 1", {"batch_size": 1}),
+    ("model:\n  arch: minigpt_v2\n  model_type: pretrain", {}),
     ("enable_augmentation: true\naugmentation_prob: 0.5",
      {"data.enable_augmentation": True, "data.augmentation_prob": 0.5}),
     ("weight_decay: 0.05\ndropout: 0.1", {"optim.weight_decay": 0.05, "model.lora_dropout": 0.1}),
@@ -128,7 +130,8 @@ BLOCKS = [
 ]  # fmt: skip
 FLAGS = {
     "train_llm": """
-        model.llm --llm, model.model_type --model-type, model.tokenizer --tokenizer, model.lora_r --lora-r, model.lora_alpha --lora-alpha,
+        model.llm --llm, model.model_type --model-type, model.tokenizer --tokenizer,
+        model.lora_r --lora-r, model.lora_alpha --lora-alpha,
         model.lora_dropout --lora-dropout --dropout, model.lora_targets, model.full --full, model.features,
         model.feature_tokens, model.feature_dropout, model.end_sym, model.normalize,
         model.visual, model.visual_encoder --visual-encoder, model.visual_weights, model.visual_options,
@@ -362,6 +365,80 @@ def test_help_exits_0_and_names_every_field(name, monkeypatch, capsys):
     for option in options(SCRIPTS[name].Config()):
         assert {f"--{option.path.replace('_', '-')}", *option.flags} <= words
         assert option.help in shown
+
+
+# ---- MultiMood's command
+
+FINETUNE = """
+    --deepspeed scripts/zero3.json --model_type videollama2_qwen2 --model_path Qwen/Qwen2-1.5B-Instruct
+    --vision_tower google/siglip-so400m-patch14-384 --mamba_compressor state-spaces/mamba-370m-hf
+    --audio_tower audio_tower.bin --pretrain_projectors_repo DAMO-NLP-SG/VideoLLaMA2.1-7B-AV
+    --mm_projector_type stc_connector_v35 --data_path ./data/mesc/train.jsonl --vid_folder ./data/mesc/video_data/
+    --num_k_vid 5 --mm_vision_select_layer -2 --image_aspect_ratio pad --num_frames 16 --bf16 True --tf32 True
+    --fp16 False --output_dir work_dirs/sft/finetune_multimood --num_train_epochs 1 --tune_adapter_llm true
+    --per_device_train_batch_size 8 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --save_strategy steps
+    --save_steps 1 --save_total_limit 99 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --max_grad_norm 1.0
+    --lr_scheduler_type cosine --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True
+    --dataloader_num_workers 4 --report_to tensorboard --run_name multimood
+"""
+
+
+def test_multimoods_command():
+    expected = {
+        "deepspeed": "scripts/zero3.json", "model.model_type": "videollama2_qwen2",
+        "model.llm": "Qwen/Qwen2-1.5B-Instruct", "model.towers.vision_tower": "google/siglip-so400m-patch14-384",
+        "model.towers.mamba_compressor": "state-spaces/mamba-370m-hf", "model.towers.audio_tower": "audio_tower.bin",
+        "model.towers.pretrain_projectors_repo": "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV",
+        "model.towers.mm_projector_type": "stc_connector_v35", "data.data_root": "./data/mesc/train.jsonl",
+        "data.image_path": "./data/mesc/video_data/", "support.num_k_vid": 5,
+        "model.towers.mm_vision_select_layer": "-2", "model.towers.image_aspect_ratio": "pad",
+        "model.towers.num_frames": 16, "precision": "bf16", "tf32": True, "out": "work_dirs/sft/finetune_multimood",
+        "epochs": 1, "model.full": True, "batch_size": 8, "eval_batch_size": 4, "accum": 1, "save_strategy": "steps",
+        "save_steps": 1, "keep": 99, "optim.lr": 2e-5, "optim.weight_decay": 0.0, "optim.warmup_ratio": 0.03,
+        "optim.grad_clip": 1.0, "optim.schedule": "cosine", "log_every": 1, "model.max_len": 2048,
+        "model.grad_checkpoint": True, "num_workers": 4,
+    }  # fmt: skip
+    cfg = load(*FINETUNE.split())
+    assert values(cfg) == values(train_llm.Config()) | expected
+    # 100 steps: three of them warm up from 0, the last is next to 0
+    rates = [optim.lr_at(step, 100, cfg.optim) for step in (0, 1, 3, 99)]
+    assert rates == pytest.approx([0, 2e-5 / 3, 2e-5, 1e-5 * (1 + math.cos(math.pi * 96 / 97))])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--gradient_accumulation_steps 4", {"accum": 4}),
+        ("--max_grad_norm 5.0", {"optim.grad_clip": 5.0}),
+        ("--gradient_checkpointing False", {"model.grad_checkpoint": False}),
+        ("--bf16 False --fp16 True", {"precision": "fp16"}),
+        ("--bf16 False", {"precision": "fp32"}),
+        ("--tf32", {"tf32": True}),
+        ("--tf32 False", {}),
+        ("--mm_projector_lr 2e-5", {"optim.mm_projector_lr": 2e-5}),
+        ("--lr_scheduler_type linear", {"optim.schedule": "linear"}),
+        ("--lr_scheduler_type constant", {"optim.schedule": "constant"}),
+        ("--lr_scheduler_type constant_with_warmup", {"optim.schedule": "constant_with_warmup"}),
+        ("--warmup_steps 10", {"optim.warmup_steps": 10}),
+        ("--save_strategy no", {"save_strategy": "no"}),
+        ("--save_strategy epoch", {"save_strategy": "epoch"}),
+        ("--model_type qwen2", {"model.model_type": "qwen2"}),
+        ("--freeze_mamba_compressor true", {"model.towers.freeze_mamba_compressor": True}),
+        ("--num_k_vid 3", {"support.num_k_vid": 3}),
+        ("--image_aspect_ratio square", {"model.towers.image_aspect_ratio": "square"}),
+        ("--mm_vision_select_layer -1", {"model.towers.mm_vision_select_layer": "-1"}),
+        ("--mm_projector_type mlp2x_gelu", {"model.towers.mm_projector_type": "mlp2x_gelu"}),
+    ],
+)
+def test_other_values_of_multimoods_flags(flags, expected):
+    assert values(load(*flags.split())) == values(train_llm.Config()) | expected
+
+
+def test_the_same_settings_as_a_yaml_file(as_file):
+    """As transformers' trainer names them; no is False in YAML."""
+    given = "save_strategy: no\nlr_scheduler_type: cosine\nwarmup_ratio: 0.03\nreport_to: tensorboard\nrun_name: one"
+    expected = {"save_strategy": "no", "optim.schedule": "cosine", "optim.warmup_ratio": 0.03}
+    assert values(load("--cfg", as_file(given))) == values(train_llm.Config()) | expected
 
 
 # ---- the MOSEI guide

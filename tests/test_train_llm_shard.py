@@ -159,6 +159,25 @@ def test_a_checkpoint_of_one_process_goes_on_sharded(base, runs, ranks, tmp_path
     assert (out / "checkpoints" / "last" / "model").is_dir()
 
 
+@pytest.mark.parametrize("stage", [3, 2])
+def test_deepspeeds_stages_are_shard(base, ranks, tmp_path, stage):
+    """Two processes; connectors have a rate of their own, which sharded parameters keep."""
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_param": {"device": "none"}}}))
+    short = [*base.argv, *SHORT, "--epochs", 2, "--batch-size", 2, "--mm_projector_lr", 1e-2, "--out"]
+    asked = {"a": ["--shard", {3: "full", 2: "grads"}[stage]], "b": ["--deepspeed", file], "c": []}
+    for name, more in asked.items():
+        results = ranks(2, talking, train, [*short, tmp_path / name, *more])
+        assert [code for code, _ in results] == [0, 0]
+        assert ("stage 3 -> --shard full" in results[0][1]) == (name == "b" and stage == 3)
+    a, b, c = (tensors(tmp_path / name / "checkpoints/last") for name in asked)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys() == c.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], c[name], atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "b/checkpoints/last/model").is_dir()
+
+
 def whole(folder, out):
     """A copy of a sharded checkpoint as one process would have written it."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("model", "optimizer"))

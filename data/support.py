@@ -53,13 +53,13 @@ class PromptConfig:
     system: bool = opt(True, "begin with a system message; off: clean says it to the user, original not at all")
     k_turn_history: int = opt(7, "latest exchanges of the history that become turns of the chat")
     history_labels: bool = opt(
-        False, "these turns begin with their emotion or strategy, where the file tells it; the compressor reads emotions "
-        "in any case", "--history-labels",
+        False, "these turns begin with their emotion or strategy, where the file tells it (the compressor reads "
+        "emotions in any case)", "--history-labels",
     )  # fmt: skip
     context: bool = opt(True, "tell the problem and the situation, where the file has them", "--context")
     modalities: list[str] = opt(
         list(MODALITIES), "what the model is given; history: the compressed one and the chat's turns, text: the "
-        "client's words, problem and situation", choices=MODALITIES,
+        "client's words, problem and situation", "--modalities", choices=MODALITIES,
     )  # fmt: skip
     emotions: list[str] = opt(list(EMOTIONS), "the emotions to choose from")
     strategies: list[str] = opt(list(STRATEGIES), "the strategies to choose from")

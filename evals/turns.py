@@ -17,7 +17,7 @@ from data.support import CHATML
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, support
 from model.mllm import Mllm, MllmConfig
-from model.stc import load_projectors
+from model.stc import Unsuitable, load_projectors
 from model.tokenizer import Tokenizer
 from model.towers import load_towers
 
@@ -33,6 +33,7 @@ class TurnTask:
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.data = cfg, cfg.data
+        cfg.model.features, cfg.model.visual = {}, None  # streams of Emotion-LLaMA
         self.valid: TurnData | None = None
 
     def opens(self, device: torch.device, say: Callable[[str], None]) -> list[Callable[[], object]]:
@@ -79,11 +80,14 @@ class TurnTask:
         return turn_data(turns, self.streams, self.cfg.support, self.cfg.model, tokenizer)
 
     def fit(self, mllm: Mllm, say: Callable[[str], None]) -> None:
-        """Gives a new model the connectors that it is to start from."""
-        source, made = self.cfg.model.towers.pretrain_projectors_repo, mllm.projections
-        if source is not None:
-            given = {name: made[name] for name in ("video", "audio") if name in made}
-            say(f"connectors of {source}: {load_projectors(source, **given)}")
+        """Gives a new model the connectors that it is to start from, as far as they are for one like it."""
+        source = self.cfg.model.towers.pretrain_projectors_repo
+        for name in ("video", "audio") if source is not None else ():
+            if name in mllm.projections:
+                try:
+                    say(f"{name} connector of {source}: {load_projectors(source, **{name: mllm.projections[name]})}")
+                except Unsuitable as error:
+                    say(f"{error}: the connector of {name} starts from scratch")
 
     def follow(self, mllm: Mllm) -> None:
         """Nothing of a turn depends on the model."""

@@ -25,6 +25,10 @@ NAME = re.compile(r"(?:(?:module|base_model|model)\.)*(mm_projector(?:_a)?)\.(.+
 APART = ("mm_projector.bin", "mm_projector_a.bin", "non_lora_trainables.bin")  # files that hold projectors alone
 
 
+class Unsuitable(UserError):
+    """Connectors are of another kind or for another language model than those that they are loaded into."""
+
+
 def connector(kind: str, width: int, hidden: int) -> nn.Module:
     """The connector of a published name from a tower's width to a language model's."""
     if kind in PADDING:
@@ -198,11 +202,11 @@ def _sources(place: Path) -> Iterator[list[Path]]:
 def check_projector(where: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """UserError where a file's projector is of another type, for another language model, or not all of one."""
     if layout(found) != layout(own):
-        raise UserError(f"{where} is {layout(found)}, not {layout(own)}")
+        raise Unsuitable(f"{where} is {layout(found)}, not {layout(own)}")
     last = list(own)[-1]  # the bias of what writes tokens
     if last in found and found[last].numel() != own[last].numel():
         widths = f"{found[last].numel()}, not {own[last].numel()}"
-        raise UserError(f"{where} is for a language model of width {widths}")
+        raise Unsuitable(f"{where} is for a language model of width {widths}")
     check_names(where, own, found)
     check_shapes(where, own, {name: tuple(tensor.shape) for name, tensor in found.items()})
 

@@ -119,4 +119,4 @@ def test_the_tree_is_the_tree():
     for folder in ("common", "data", "evals", "model"):
         files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
         assert files <= set(re.findall(r"\w+", rows[f"{folder}/"])), folder
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} <= set(re.findall(r"\w+", rows["configs/"]))
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} <= set(re.findall(r"[\w.]+", rows["configs/"]))

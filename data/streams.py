@@ -15,6 +15,7 @@ from data.joined import Failed, cut, join_frames, join_sound, windows
 from data.media import SAMPLE_RATE, MediaError, present
 from data.mesc import Turn
 
+KEPT = 2**30  # bytes of values in memory
 FOLDERS = ("video_data", "videos", "video")  # of clips, beside a file of turns
 OPTIONS = {  # what says the shape of a slot
     "video": ("--num-frames", "--model.towers.patches", "--model.towers.vision-width"),
@@ -36,8 +37,9 @@ class TurnStreams:
     """Values for the slots of a turn, from the latest clips that it names, as if these were joined.
 
     "video" are patches of frames (num_frames, N, C) by the `eye`; "audio" are tokens (M, C) by the `ear`, which hears
-    so many seconds, silence after a shorter sound. `shapes` are those that the model expects. Clips are named by their
-    files in `folder`, or by absolute paths. UserError: an encoder's values have another shape.
+    so many seconds, silence after a shorter sound; one that makes statistics hears no such silence. `shapes` are those
+    that the model expects. Clips are named by their files in `folder`, or by absolute paths. UserError: an encoder's
+    values have another shape.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class TurnStreams:
         self.lost: set[tuple[str, str]] = set()  # turns of whose clips none can be read, for one slot at least
         self.named, self.most = 0, math.inf  # turns that name clips, and how many of them may be lost
         self.say: Callable[[str], None] = lambda line: None
+        self.kept: dict[tuple[str, ...], Tensor | None] = {}
+        self.room = KEPT
         self.lock = Lock()  # turns are read by several threads
         self._check_shapes(shapes)
 
@@ -67,7 +71,7 @@ class TurnStreams:
             if name == "video":
                 found = (self.num_frames, *encoder.film([blank]).shape[1:])
             else:
-                found = tuple(encoder.encode(torch.zeros(self.length), "frames").shape)
+                found = tuple(torch.atleast_2d(encoder.encode(torch.zeros(self.length), pooling(encoder))).shape)
             self.shapes[name], expected = found, tuple(shapes[name])
             sizes = zip(OPTIONS[name], found, expected, strict=True)
             if flags := [f"{option} {size}" for option, size, other in sizes if size != other]:
@@ -78,8 +82,20 @@ class TurnStreams:
     @torch.no_grad()  # not inference mode: what connects the values to words is trained
     def __call__(self, turn: Turn, wanted: Collection[str] = ("video", "audio")) -> dict[str, Tensor]:
         """Slot -> value, float32 on the CPU; one that no clip has, or that none can be read for, is absent."""
-        values = {name: self._read(name, turn) for name in self.encoders if name in wanted}
+        values = {name: self._value(name, turn) for name in self.encoders if name in wanted}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _value(self, name: str, turn: Turn) -> Tensor | None:
+        """A slot's value, which is kept while KEPT has room: small ones are made once, not once a pass."""
+        key = (name, *turn.clips[-self.num_k_vid :])
+        if key not in self.kept:
+            value = self._read(name, turn)
+            with self.lock:
+                self.room -= 0 if value is None else value.nbytes
+            if self.room < 0:
+                return value
+            self.kept[key] = value
+        return self.kept[key]
 
     def _read(self, name: str, turn: Turn) -> Tensor | None:
         clips = self._clips(turn)
@@ -99,7 +115,10 @@ class TurnStreams:
         if sound is None:
             return None
         heard = windows(sound) if self.audio_windows else sound
-        return self.encoders["audio"].encode(cut(heard, self.length), "frames")
+        ear = self.encoders["audio"]
+        if pooling(ear) == "stats":
+            return torch.atleast_2d(ear.encode(heard[: self.length], "stats"))
+        return ear.encode(cut(heard, self.length), "frames")
 
     def _clips(self, turn: Turn) -> list[Path]:
         """The latest clips of a turn, in its order."""
@@ -141,11 +160,10 @@ class TurnStreams:
     def describe(self) -> dict[str, dict[str, Any]]:
         """How the values of each slot are made."""
         sound = {"audio_seconds": self.audio_seconds, "audio_windows": self.audio_windows}
-        ways = {"video": ("patches", {"num_frames": self.num_frames}), "audio": ("frames", sound)}
         made = {}
         for name, encoder in self.encoders.items():
-            pooling, own = ways[name]
-            made[name] = encoder.info(pooling) | own | {"num_k_vid": self.num_k_vid, "shape": list(self.shapes[name])}
+            how, own = ("patches", {"num_frames": self.num_frames}) if name == "video" else (pooling(encoder), sound)
+            made[name] = encoder.info(how) | own | {"num_k_vid": self.num_k_vid, "shape": list(self.shapes[name])}
         return made
 
     def check_made(self, before: dict[str, dict[str, Any]]) -> None:
@@ -154,6 +172,11 @@ class TurnStreams:
             then, now = (info.get("weights_sha256") for info in (before.get(name, {}), made))
             if then and now and then != now:
                 raise UserError(f"{name} is made with other weights of {made['encoder']} than in training")
+
+
+def pooling(ear: Any) -> str:
+    """How an encoder's rows of a sound become its tokens."""
+    return "stats" if "stats" in ear.poolings else "frames"
 
 
 def _absent(clip: Path) -> str | None:

@@ -1,11 +1,13 @@
 """MultiMood's side of train_llm.py: turns of therapists that it trains on, and how they score a checkpoint."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import dist
 from common.config import UserError
@@ -16,11 +18,12 @@ from data.streams import TurnStreams, clip_folder
 from data.support import CHATML
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, support
-from model.mllm import Mllm, MllmConfig
+from model.mllm import Mllm, MllmConfig, Standardised
 from model.stc import Unsuitable, load_projectors
 from model.tokenizer import Tokenizer
 from model.towers import load_towers
 
+STATISTICS = 256  # turns whose rows tell mean and deviation
 MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice
 
 
@@ -30,6 +33,7 @@ class TurnTask:
     METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
     turns: dict[str, list[Turn]]  # by split
     streams: TurnStreams
+    trained: TurnData
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.data = cfg, cfg.data
@@ -74,6 +78,7 @@ class TurnTask:
         if self.turns["valid"]:
             self.valid = self.made(self.turns["valid"], tokenizer)
             say(f"valid: {len(self.valid)} turns ({self.valid.coverage()})")
+        self.trained = train
         return [train]
 
     def made(self, turns: list[Turn], tokenizer: Tokenizer) -> TurnData:
@@ -81,11 +86,15 @@ class TurnTask:
 
     def fit(self, mllm: Mllm, say: Callable[[str], None]) -> None:
         """Gives a new model the connectors that it is to start from, as far as they are for one like it."""
+        if self.cfg.model.normalize:
+            mllm.set_statistics(statistics(self.trained))
         source = self.cfg.model.towers.pretrain_projectors_repo
         for name in ("video", "audio") if source is not None else ():
             if name in mllm.projections:
                 try:
-                    say(f"{name} connector of {source}: {load_projectors(source, **{name: mllm.projections[name]})}")
+                    made = mllm.projections[name]
+                    made = made.connector if isinstance(made, Standardised) else made
+                    say(f"{name} connector of {source}: {load_projectors(source, **{name: made})}")
                 except Unsuitable as error:
                     say(f"{error}: the connector of {name} starts from scratch")
 
@@ -176,6 +185,16 @@ def open_streams(model: MllmConfig, cfg: SupportConfig, folder: Path, device: to
         folder, shapes, eye, ear, num_k_vid=cfg.num_k_vid, num_frames=towers.num_frames,
         audio_seconds=towers.audio_seconds, audio_windows=towers.audio_windows,
     )  # fmt: skip
+
+
+def statistics(data: TurnData) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of the rows of video and of sound over some of the turns, in float64."""
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    for turn in data.turns[:: -(-len(data) // STATISTICS)]:
+        for name, value in data.streams(turn, data.cfg.prompt.modalities).items():
+            rows[name].append(value.flatten(0, -2).double())
+    found = {name: torch.std_mean(torch.cat(parts), 0, correction=0) for name, parts in rows.items()}
+    return {name: (mean.float(), std.float()) for name, (std, mean) in found.items()}
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:

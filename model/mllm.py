@@ -226,9 +226,31 @@ class Projection(nn.Linear):
         """(m, rows, width) -> (m * rows / merge * tokens, hidden), computed in float32."""
         value = value.float()
         if self.normalize:
-            value = (value - self.mean) / (self.std * value.shape[-1] ** 0.5)
+            value = standardised(value, self.mean, self.std)
         value = self.dropout(value).reshape(-1, self.in_features)  # 4 raster patches: a 1 x 4 strip of the picture
         return super().forward(value).view(-1, self.hidden)
+
+
+class Standardised(nn.Module):
+    """A connector of rows that are standardised before it, as those of a Projection are."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, connector: nn.Module, width: int) -> None:
+        super().__init__()
+        self.connector = connector
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(m, ..., width) -> what the connector makes of it."""
+        return self.connector(standardised(value.float(), self.mean, self.std))
+
+
+def standardised(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Rows of mean 0 whose length is 1 on average."""
+    return (value - mean) / (std * value.shape[-1] ** 0.5)
 
 
 class Mllm(nn.Module):
@@ -260,13 +282,17 @@ class Mllm(nn.Module):
         towers = cfg.towers
         if towers.vision_tower:
             stc.tokens(towers.mm_projector_type, towers.num_frames, towers.patches)  # may be a UserError
-            self.projections["video"] = stc.connector(towers.mm_projector_type, towers.vision_width, hidden)
+            self._connect("video", towers.mm_projector_type, towers.vision_width, hidden)
         if towers.audio_tower:
-            self.projections["audio"] = stc.connector(towers.mm_projector_a_type, towers.audio_width, hidden)
+            self._connect("audio", towers.mm_projector_a_type, towers.audio_width, hidden)
         if compressor is not None:
             compressor.mamba.requires_grad_(not towers.freeze_mamba_compressor)
             compressor.mamba.grad_checkpoint = cfg.grad_checkpoint
             self.projections["history"] = compressor
+
+    def _connect(self, slot: str, kind: str, width: int, hidden: int) -> None:
+        made = stc.connector(kind, width, hidden)
+        self.projections[slot] = Standardised(made, width) if self.cfg.normalize else made
 
     def embed(self, batch: Batch) -> Tensor:
         """(1, T, D) embeddings: token embeddings, with every slot's places taken by what its values become."""
@@ -312,7 +338,7 @@ class Mllm(nn.Module):
         """Mean and standard deviation of each slot's raw rows over the train split."""
         for name, (mean, std) in statistics.items():
             projection = self.projections[name]
-            assert isinstance(projection, Projection)
+            assert isinstance(projection, Projection | Standardised)
             projection.mean.copy_(mean)
             projection.std.copy_(std.clamp_min(1e-5))  # a constant column stays finite
 

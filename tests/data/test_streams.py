@@ -34,7 +34,7 @@ class Eye:
 class Ear:
     """Gives back what it hears."""
 
-    name = "ear"
+    name, poolings = "ear", ("frames",)
 
     def encode(self, x, pooling):
         assert pooling == "frames"
@@ -242,3 +242,35 @@ def test_the_folder_of_the_clips(tmp_path):
     assert clip_folder(file, str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match=r"was not found \(looked for \S+none\); --vid-folder names it$"):
         clip_folder(file, str(tmp_path / "none"))
+
+
+def test_values_are_made_once_while_there_is_room(folder, monkeypatch):
+    looks = []
+
+    class Counting(Eye):
+        def film(self, clips):
+            looks.append(len(clips))
+            return super().film(clips)
+
+    monkeypatch.setattr(streams, "KEPT", 100)  # bytes: of two videos of 96 the first
+    made = make(folder, eye=Counting())
+    looks.clear()
+    for _ in range(3):
+        assert light(made(turn("a.mp4"), ["video"])) == [1, 3, 6, 8]
+        assert light(made(turn("a.mp4", "b.mp4"), ["video"])) == [2, 7, 2, 7]
+    assert looks == [1, 2, 2, 2]
+
+
+def test_an_ear_that_makes_statistics_hears_no_silence_after_a_sound(folder):
+    class Mean(Ear):
+        poolings = ("stats", "frames")
+
+        def encode(self, x, pooling):
+            assert pooling == "stats"
+            return torch.stack([x.mean(), x.new_tensor(len(x))])
+
+    value = make(folder, {**SHAPES, "audio": (1, 2)}, ear=Mean(), audio_seconds=5)(turn("a.mp4"), ["audio"])["audio"]
+    sound = load_audio(folder / "a.mp4")
+    assert value.shape == (1, 2)
+    assert value[0, 1] == len(sound)
+    torch.testing.assert_close(value[0, 0], sound.mean())

@@ -87,7 +87,7 @@ def by_hand(model, chosen):
             if isinstance(piece, list):
                 rows.append(model.llm.embed(torch.tensor(piece)))
             elif piece == "history":
-                rows += model.projections["history"]([each.values["history"]])
+                rows += model.projections["history"]([each.values["history"].tolist()])
             else:
                 rows.append(model.projections[piece](each.values[piece][None])[0])
         prompt = sum(map(len, rows))
@@ -248,3 +248,18 @@ def test_the_published_size(frames, block):
     assert math.isclose(counts["history"] - 151647 * 1024 + 50280 * 1024 - 1024 * 3584 - 3584, 371.5e6, rel_tol=1e-3)
     assert cfg.places("video") + cfg.places("audio") == block
     assert cfg.places("history", torch.tensor([5, 9, 6, 7, 9])) == 2
+
+
+def test_standardised_connectors_of_video_and_sound():
+    cfg = replace(CFG, normalize=True, towers=replace(TOWERS, mamba_compressor=None))
+    torch.manual_seed(0)
+    built = Mllm(cfg, Llama(SHAPE))
+    mean, std = torch.arange(5.0), torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5])
+    built.set_statistics({"audio": (mean, std), "video": (torch.zeros(6), torch.ones(6))})
+    value = SAMPLES[0].values["audio"]
+    part = built.projections["audio"]
+    rows = (value.double() - mean) / std / 5**0.5
+    expected = rows @ part.connector.weight.double().T + part.connector.bias.double()
+    torch.testing.assert_close(part(value[None])[0].double(), expected, atol=1e-6, rtol=1e-5)
+    assert built.projections["video"](SAMPLES[0].values["video"][None]).shape == (1, 8, 16)
+    assert {"projections.audio.mean", "projections.video.std"} <= checkpoint.trainable_state(built).keys()

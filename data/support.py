@@ -61,6 +61,7 @@ class PromptConfig:
         list(MODALITIES), "what the model is given; history: the compressed one and the chat's turns, text: the "
         "client's words, problem and situation", "--modalities", choices=MODALITIES,
     )  # fmt: skip
+    fields: list[str] = opt(list(FIELDS), "what an answer tells", "--fields", choices=tuple(FIELDS))
     emotions: list[str] = opt(list(EMOTIONS), "the emotions to choose from")
     strategies: list[str] = opt(list(STRATEGIES), "the strategies to choose from")
 
@@ -80,14 +81,15 @@ class Sample:
     cut: int = 0  # words of the situation and of the client
 
 
-def format_target(turn: Turn) -> str:
+def format_target(turn: Turn, wanted: Collection[str] = tuple(FIELDS)) -> str:
     """The answer as the model writes it, a line a field; a field that is not known has none."""
-    return GAP.join(f"{FIELDS[name]}: {text.strip()}" for name, text in fields(turn).items() if text)
+    known = {name: text for name, text in fields(turn).items() if text and name in wanted}
+    return GAP.join(f"{FIELDS[name]}: {text.strip()}" for name, text in known.items())
 
 
-def asked(turn: Turn) -> list[str]:
+def asked(turn: Turn, cfg: PromptConfig) -> list[str]:
     """The fields that are asked for: those that are known of the turn, all where its response is to be written."""
-    return [name for name, text in fields(turn).items() if text or not turn.therapist]
+    return [name for name, text in fields(turn).items() if name in cfg.fields and (text or not turn.therapist)]
 
 
 def parse_answer(text: str) -> dict[str, str | None]:
@@ -121,9 +123,9 @@ def exchanges(history: Sequence[Utterance]) -> list[list[Utterance]]:
 def messages(turn: Turn, cfg: PromptConfig, slots: Collection[str]) -> list[tuple[str, Segments]]:
     """(role, content) of the chat that asks for a turn; `slots` are those of SLOTS that have a value for it.
 
-    It asks for asked(turn).
+    It asks for asked(turn, cfg).
     """
-    wanted = asked(turn)
+    wanted = asked(turn, cfg)
     present = [name for name in SLOTS if name in slots and name in cfg.modalities]
     past = [said for group in _recent(turn, cfg) for said in group]
     chat: list[tuple[str, Segments]] = [(CHAT[said.role], [_said(said, cfg)]) for said in past]
@@ -159,7 +161,7 @@ def make_sample(
     evaluation their prompts are the same, unless a true answer is longer.
     """
     encode = functools.cache(encode)
-    target = format_target(turn)
+    target = format_target(turn, cfg.fields)
     answer = encode_answer(target, encode) if target else []
 
     def pieces(kept: dict[str, int]) -> list[list[int] | str]:

@@ -30,10 +30,13 @@ COLUMNS = ("accuracy", "weighted_f1", "macro_f1", "precision_weighted", "recall_
 class Answers:
     """Answers that are being written to samples, field by field."""
 
-    def __init__(self, mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], batch_size: int) -> None:
+    def __init__(
+        self, mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], prompt: PromptConfig,
+        batch_size: int,
+    ) -> None:  # fmt: skip
         self.mllm, self.tokenizer, self.batch_size = mllm, tokenizer, batch_size
         self.samples = samples
-        self.asked = [asked(sample.turn) for sample in samples]
+        self.asked = [asked(sample.turn, prompt) for sample in samples]
         self.texts = [""] * len(samples)  # as far as they are written
         self.probabilities: list[dict[str, dict[str, float]]] = [{} for _ in samples]
 
@@ -109,15 +112,16 @@ def answer(
     Scored, each field is the likeliest label after the fields before it, and the response, unless `respond` is off, is
     generated after all of them; else all of the answer is generated.
     """
-    answers = Answers(mllm, tokenizer, samples, batch_size)
+    answers = Answers(mllm, tokenizer, samples, prompt, batch_size)
     if cfg.decode == "score":
         for name in CLOSED:
             answers.score(name, prompt.strategies if name == "strategy" else prompt.emotions)
-    if cfg.decode == "generate" or respond:
+    if cfg.decode == "generate" or (respond and "response" in prompt.fields):
         answers.generate(cfg, seed)
     records = []
     for sample, text, probabilities in zip(samples, answers.texts, answers.probabilities, strict=True):
-        record = {"id": sample.id, "target": fields(sample.turn), "answer": text}
+        target = {name: told if name in prompt.fields else None for name, told in fields(sample.turn).items()}
+        record = {"id": sample.id, "target": target, "answer": text}
         record |= {"probabilities": probabilities} if probabilities else {}
         records.append(record | {"prompt": sample.prompt, "clips": sample.turn.clips})
     return records
@@ -166,9 +170,11 @@ def evaluate(
         for id, truth, answer in rows
         if truth.get("response")
     ]
-    figures = texts.figures(replies)
-    responses: dict[str, Any] = {name: figures[name] for name in ("answers", "distinct", "mean_words")}
-    responses |= {"metrics": texts.compare(replies, compared)} if compared else {}
+    responses: dict[str, Any] = {}
+    if replies:
+        figures = texts.figures(replies)
+        responses = {name: figures[name] for name in ("answers", "distinct", "mean_words")}
+        responses |= {"metrics": texts.compare(replies, compared)} if compared else {}
     return {"records": len(records), "unparsable": sum(lost), "fields": fields, "responses": responses}
 
 
@@ -199,7 +205,8 @@ def table(found: dict[str, Any]) -> str:
             rows.append((f"  majority ({major['label']})", *(f"{major[column]:.4f}" for column in COLUMNS), ""))
         if scores["left_out"]:
             notes.append(f"{name}: {scores['left_out']} rows left out, whose target has none")
-    said = found["responses"]
-    parts = [f"{said['distinct']} distinct of {said['answers']}", f"{said['mean_words']:.1f} words on average"]
-    parts += [f"{name} {value:.4f}" for name, value in said.get("metrics", {}).items()]
-    return "\n".join([table_lines(rows), *notes, f"responses: {', '.join(parts)}"])
+    if said := found["responses"]:
+        parts = [f"{said['distinct']} distinct of {said['answers']}", f"{said['mean_words']:.1f} words on average"]
+        parts += [f"{name} {value:.4f}" for name, value in said.get("metrics", {}).items()]
+        notes.append(f"responses: {', '.join(parts)}")
+    return "\n".join([table_lines(rows), *notes])

@@ -147,6 +147,7 @@ FLAGS = {
         support.num_k_vid --num-k-vid, support.memory_tokens, support.answer_room, support.prompt.layout,
         support.prompt.system, support.prompt.k_turn_history, support.prompt.history_labels --history-labels,
         support.prompt.context --context, support.prompt.modalities --modalities, support.prompt.emotions,
+        support.prompt.fields --fields,
         support.prompt.strategies,
         data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,

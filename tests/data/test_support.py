@@ -367,3 +367,14 @@ def test_labels_of_the_history_and_the_context():
         hidden = wording(segments(turn, PromptConfig(layout=layout, context=False), ()))
         assert "a new boss" not in hidden
         assert "Problem" not in hidden
+
+
+def test_answers_of_some_fields():
+    cfg = PromptConfig(fields=["client_emotion", "strategy"])
+    made = sample(TURN, cfg=cfg)
+    assert parse_answer(made.target) == {
+        "client_emotion": TURN.client_emotion, "therapist_emotion": None, "strategy": TURN.strategy, "response": None,
+    }  # fmt: skip
+    assert "Therapist's response" not in made.prompt
+    assert "Therapist's emotion" not in made.prompt
+    assert "Strategies:" in made.prompt

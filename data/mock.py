@@ -6,7 +6,7 @@ $ python -m data.mock --out datasets/mock --train 40 --test 12
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,17 +139,16 @@ def make_mock(
     for label in labels:
         if label not in EMOTIONS:
             raise UserError(f"mock set: unknown label {label!r} (labels: {', '.join(EMOTIONS)})")
-    if root.exists() and any(root.iterdir()) and not (root / "cues.csv").is_file():
-        raise UserError(f"{root}: holds files that are not a mock set; name an empty folder")
+    check_folder(root)
     trained = _plan("train", train, seed, labels, odd)
     tested = _plan("test", test, seed, labels, odd=0)
     plans = trained + tested
     (root / "video").mkdir(parents=True, exist_ok=True)
-    _write_csv(root / "cues.csv", ("id", *MODALITIES), ((plan.id, *plan.cues) for plan in plans))
+    write_csv(root / "cues.csv", ("id", *MODALITIES), ((plan.id, *plan.cues) for plan in plans))
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda plan: _write_clip(root / "video" / f"{plan.id}.mp4", plan, seed, size), plans))
+        list(pool.map(lambda plan: _make_clip(root / "video" / f"{plan.id}.mp4", plan, seed, size), plans))
     rows = ((plan.id, plan.text) for plan in plans if plan.fault != "text")
-    _write_csv(root / "transcription_en_all.csv", ("name", "sentence"), rows)
+    write_csv(root / "transcription_en_all.csv", ("name", "sentence"), rows)
     for grain, entry in (("coarse", _coarse), ("fine", _fine)):
         entries = {plan.id: entry(plan) for plan in trained}
         (root / f"MERR_{grain}_grained.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -159,7 +158,13 @@ def make_mock(
     # EMER's layout: the truths of test clips lie apart
     _write_list(root / "EMER_NCE.txt", ((p.id, p.frames, p.label) for p in tested))
     truths = ((p.id, p.label, p.text, _fine(p)["smp_reason_caption"]) for p in tested)
-    _write_csv(root / "gt-eng.csv", ("names", "emotions", "subtitles", "reasons"), truths)
+    write_csv(root / "gt-eng.csv", ("names", "emotions", "subtitles", "reasons"), truths)
+
+
+def check_folder(root: Path) -> None:
+    """UserError where `root` holds files that are no mock set."""
+    if root.exists() and any(root.iterdir()) and not (root / "cues.csv").is_file():
+        raise UserError(f"{root}: holds files that are not a mock set; name an empty folder")
 
 
 def _plan(split: str, n: int, seed: int, labels: tuple[str, ...], odd: int) -> list[Plan]:
@@ -174,17 +179,18 @@ def _plan(split: str, n: int, seed: int, labels: tuple[str, ...], odd: int) -> l
             cues = tuple(int(modality != fault) for modality in MODALITIES)
         frames = 1 if fault == "visual" else int(rng.integers(14, 17))
         peak = int(rng.integers(frames // 3, 2 * frames // 3 + 1))
-        text = _sentence(label if cues[2] else "neutral", split, rng)
+        text, _ = sentence(label if cues[2] else "neutral", (0,) if split == "test" else (1, 2, 3), rng)
         plans.append(Plan(f"{prefix}_{i:08d}", label, cues, text, fault, frames, peak))
     return plans
 
 
-def _sentence(label: str, split: str, rng: np.random.Generator) -> str:
-    """A random sentence; a quarter of all, made of the words of the others, is kept for the test split."""
+def sentence(label: str, quarters: Collection[int], rng: np.random.Generator) -> tuple[str, str]:
+    """A random sentence and its topic; each of the four quarters of all sentences is made of the same words."""
     phrases = EMOTIONS[label].phrases
     opening, phrase = int(rng.integers(len(OPENINGS))), int(rng.integers(len(phrases)))
-    topics = [topic for i, topic in enumerate(TOPICS) if ((opening + phrase + i) % 4 == 0) == (split == "test")]
-    return f"{OPENINGS[opening]} {phrases[phrase]} {topics[rng.integers(len(topics))]}."
+    topics = [topic for i, topic in enumerate(TOPICS) if (opening + phrase + i) % 4 in quarters]
+    topic = topics[rng.integers(len(topics))]
+    return f"{OPENINGS[opening]} {phrases[phrase]} {topic}.", topic
 
 
 def _shown(plan: Plan) -> list[Emotion]:
@@ -213,16 +219,24 @@ def _fine(plan: Plan) -> dict[str, Any]:
     return {"peak_index": str(plan.peak), "smp_reason_caption": f"{cues}, so the emotion is {plan.label}"}
 
 
-def _write_clip(path: Path, plan: Plan, seed: int, size: int) -> None:
+def _make_clip(path: Path, plan: Plan, seed: int, size: int) -> None:
     face, tone, _ = _shown(plan)
-    image, sound = (np.random.default_rng([part, seed, *plan.id.encode()]) for part in (0, 1))
+    image, sound = generators(seed, plan.id)
     frames = draw_face(face.face, plan.frames, plan.peak, size, image)
     voice = speak(tone.tone, max(plan.frames, 15) / float(FPS), sound)
-    _encode(path, frames, None if plan.fault == "audio" else voice)
+    write_clip(path, frames, None if plan.fault == "audio" else voice)
 
 
-def _encode(path: Path, frames: np.ndarray, voice: np.ndarray | None) -> None:
-    """MPEG-4 video and AAC sound; at constant quality, as the search for a bit rate takes longer than all the rest."""
+def generators(seed: int, id: str) -> list[np.random.Generator]:
+    """Those of a clip's picture and of its sound."""
+    return [np.random.default_rng([part, seed, *id.encode()]) for part in (0, 1)]
+
+
+def write_clip(path: Path, frames: np.ndarray, voice: np.ndarray | None) -> None:
+    """MPEG-4 video, and AAC sound where there is a voice.
+
+    At constant quality, as the search for a bit rate takes longer than all the rest.
+    """
     import av
 
     unfinished = path.with_suffix(".part")
@@ -247,7 +261,7 @@ def _write_list(path: Path, rows: Iterable[tuple]) -> None:
     path.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 

@@ -1,5 +1,7 @@
 """MultiMood's side of train_llm.py: turns of therapists that it trains on, and how they score a checkpoint."""
 
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -9,28 +11,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import dist
+from common import config, dist
 from common.config import UserError
 from common.log import Logger, confusion_image
 from data.chat import START, llama2
-from data.mesc import Turn
+from data.mesc import Turn, memory_text, read_turns
+from data.mock_support import make_support
 from data.streams import TurnStreams, clip_folder
-from data.support import CHATML
+from data.support import CHATML, format_target, segments
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, support
 from model.mllm import Mllm, MllmConfig, Standardised
 from model.stc import Unsuitable, load_projectors
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.towers import load_towers
+from model.toy import make_toy_mamba, make_toy_qwen2
 
 STATISTICS = 256  # turns whose rows tell mean and deviation
+FAST_TURNS = (480, 60, 120)  # train, validation and test
+# --fast: everything is made on the spot (data/mock_support.py, model/toy.py), nothing is downloaded
+FAST = {
+    "model.full": True, "model.normalize": True, "model.grad_checkpoint": False, "model.max_len": 900,
+    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 8, "model.towers.patches": 16,
+    "model.towers.vision_width": 12, "model.towers.audio_tower": "logmel", "model.towers.mm_projector_a_type": "linear",
+    "model.towers.audio_tokens": 1, "model.towers.audio_width": 504, "model.towers.audio_seconds": 8.0,
+    "support.answer_room": 64, "support.prompt.k_turn_history": 1, "support.prompt.context": False,
+    "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
+    "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
+    "optim.lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 12,
+    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 4, "save_every": 4,
+    "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
+}  # fmt: skip
 MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice
+
+
+def prepare_fast(cfg: Any) -> Any:
+    """Makes dialogues, clips, tokenizer, language model and compressor in the run folder; the config that uses them."""
+    out = Path(cfg.out or "out/multimood_fast")
+    mock = out / "mock"
+    cfg = config.preset(cfg, FAST | {
+        "out": str(out), "model.llm": str(out / "base"), "model.towers.mamba_compressor": str(out / "mamba"),
+        "data.data_root": str(mock / "train.jsonl"), "data.valid_file": str(mock / "val.jsonl"),
+        "data.test_file": str(mock / "test.jsonl"), "batch_size": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))),
+    })  # fmt: skip
+    cfg.data.data_root, cfg.data.valid_file = str(mock / "train.jsonl"), str(mock / "val.jsonl")
+    if (out / "mamba" / "config.json").exists() and cfg.resume:
+        return cfg
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"--fast: making {sum(FAST_TURNS)} dialogues with drawn and spoken clips below {mock}")
+    make_support(mock, *FAST_TURNS, seed=cfg.seed, workers=2)
+    prompt = cfg.support.prompt
+    written = []
+    for turn in read_turns(mock / "train.jsonl")[0]:
+        written += [piece for piece in segments(turn, prompt, ("video", "audio", "history")) if isinstance(piece, str)]
+        written += [format_target(turn, prompt.fields), memory_text(turn)]
+    make_toy_qwen2(out / "base", written, seed=cfg.seed)
+    make_toy_mamba(out / "mamba", load_tokenizer(out / "base").vocab_size + 1, seed=cfg.seed)
+    return cfg
 
 
 class TurnTask:
     """A file of turns: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
+    prepare_fast = staticmethod(prepare_fast)
     turns: dict[str, list[Turn]]  # by split
     streams: TurnStreams
     trained: TurnData

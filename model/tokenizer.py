@@ -189,7 +189,7 @@ def _find(path: Path) -> Path:
 
 def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:
     """What merges bytes, of tokenizers, and the added tokens as tokenizer.json lists them; it knows none of these."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, models
 
     if path.suffix == ".json" and path.name != "vocab.json":
         told = read_json(path)
@@ -208,13 +208,20 @@ def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:
         if not merges.is_file():
             raise UserError(f"tokenizer: {merges} not found")
         model, added = models.BPE.from_file(str(path), str(merges)), _added(path.parent)
+    return byte_level(model), added
+
+
+def byte_level(model: Any) -> Any:
+    """What cuts text as Qwen2 does and merges bytes by a BPE model of tokenizers, trained or still to be trained."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
     backend = Tokenizer(model)
     backend.normalizer = normalizers.NFC()  # type: ignore[assignment]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_])  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return backend, added
+    return backend
 
 
 def _added(folder: Path) -> list[dict[str, Any]]:

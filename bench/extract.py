@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,6 +32,7 @@ import numpy as np
 import soundfile
 import torch
 
+from bench.report import header, memory, publish, spread, table
 from common import dist
 from common.config import UserError, opt, run
 from data.extraction import extract
@@ -44,7 +44,6 @@ RATE = 16000
 BATCH = 8  # of transformers' loop
 LONGEST = 30.0  # seconds; a few of MELD's times are mistyped
 MEDIAN, SPREAD = 2.4, 0.75  # seconds, and deviation of their logarithm
-RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 @dataclass
@@ -171,20 +170,14 @@ def _measure(load: Load, job: Job) -> tuple[float, float]:
     torch.set_num_threads(job.threads)
     torch.nn.functional.gelu(torch.ones(1, device=job.device))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     work = load(job)
     began = time.perf_counter()
     work(job.clips)
     taken = time.perf_counter() - began
     if job.device.type == "cuda":
         return taken, torch.cuda.max_memory_allocated(job.device) / 2**20
-    return taken, _memory("VmHWM") - before
-
-
-def _memory(name: str) -> float:
-    """MiB, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    return taken, memory("VmHWM") - before
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -216,44 +209,33 @@ def measure(cfg: Config, device: torch.device, lengths: np.ndarray) -> list[tupl
                 gaps[k] = max(gaps[k], float(np.abs(other - alone).max()))
     if gaps[0] > 1e-4:
         raise UserError(f"ours differs from transformers' states of a clip alone by {gaps[0]:.2g}")
-    table = []
+    rows = []
     for variant, values in found.items():
         took, peak = zip(*values, strict=True)
-        table += [
+        rows += [
             (f"{variant}: clips/s", spread([len(clips) / t for t in took])),
             (f"{variant}: seconds of sound/s", spread([lengths.sum() / t for t in took])),
             (f"{variant}: peak MiB", spread(list(peak))),
             (f"{variant}: largest difference from one clip at a time", f"{gaps[variant != 'ours']:.2g}"),
         ]
     both = list(zip(found["ours"], found["transformers"], strict=True))
-    table.append(("clips/s, times transformers'", spread([theirs[0] / ours[0] for ours, theirs in both])))
-    table.append(("peak, times transformers'", spread([ours[1] / theirs[1] for ours, theirs in both])))
-    return table
-
-
-def spread(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    rows.append(("clips/s, times transformers'", spread([theirs[0] / ours[0] for ours, theirs in both])))
+    rows.append(("peak, times transformers'", spread([ours[1] / theirs[1] for ours, theirs in both])))
+    return rows
 
 
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     lengths = durations(cfg)
     source = "a log-normal distribution" if cfg.meld is None else "MELD's lists"
-    lines = [
-        f"## bench/extract.py, {time.strftime('%Y-%m-%d')}", "",
-        f"{name}, {cfg.threads} threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}; "
+    what = (
         f"{cfg.clips} clips of {lengths.min():.1f} to {lengths.max():.1f} s, {lengths.sum() / 60:.1f} min, drawn "
         f"from {source} with seed {cfg.seed}; HuBERT of {cfg.layers} layers, {cfg.width} wide, fp32; {cfg.repeats} "
-        "rounds; median (least to most)", "",
-    ]  # fmt: skip
-    rows = measure(cfg, device, lengths)
-    lines += ["| extraction | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows), ""]
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines]))
+        "rounds; median (least to most)"
+    )
+    lines = header("bench/extract.py", device, cfg.threads, what)
+    publish(lines + table("extraction", measure(cfg, device, lengths)), cfg.write)
 
 
 if __name__ == "__main__":

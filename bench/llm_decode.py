@@ -40,18 +40,15 @@ from bench.llm_train import (
     Apart,
     copy_rate,
     fill,
-    header,
     hf_config,
     make_weights,
-    memory,
     ratio,
-    spread,
     unmeasured,
 )  # fmt: skip
+from bench.report import header, memory, publish, spread
 from common import dist
 from common.config import UserError, opt, run
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 PEER = "transformers"
 LABELS, LONGEST = 9, 4  # of the scored answers: how many, and tokens of one at most
 BATCH = 8  # prompts that are scored together
@@ -319,9 +316,8 @@ def main(cfg: Config) -> None:
         cfg.size, cfg.rounds = "tiny", 1
     if cfg.size == "7b" and device.type != "cuda":
         raise UserError("--size 7b: needs a GPU")
-    lines = header("bench/llm_decode.py", device, cfg.threads, ["transformers", "peft"])
-    lines[-1] += f" {cfg.size}, {cfg.rounds} rounds; median (least to most)"
-    lines += [""]
+    what = f"{cfg.size}, {cfg.rounds} rounds; median (least to most)"
+    lines = header("bench/llm_decode.py", device, cfg.threads, what, ["transformers", "peft"])
     with TemporaryDirectory() as folder:
         if cfg.size != "7b":
             make_weights(Path(folder), cfg.size, cfg.seed)
@@ -336,10 +332,7 @@ def main(cfg: Config) -> None:
                 each.close()
     if device.type != "cuda":
         lines += unmeasured([*CASES["7b"], "scoring"])
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines]))
+    publish(lines, cfg.write)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.report import header, memory, publish, spread, table
 from common import dist, optim
 from common.config import UserError, opt, run
 
 # what either variant needs besides is imported where it is built, for the time of its first step counts imports
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 PEER = "transformers + peft"
 RANK, ALPHA, TARGETS = 64, 16, ["q_proj", "v_proj"]
 PATCH, MERGE, WIDTH = 14, 4, 1408  # pixels of a patch, patches of a visual token, width of a patch: Emotion-LLaMA's
@@ -376,12 +376,6 @@ def _answer(method: str, *args: Any) -> Any:
     return getattr(_held[0], method)(*args)
 
 
-def memory(name: str) -> float:
-    """MiB, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
 # --- what the machine and the work allow ------------------------------------------------------------------------------
 
 
@@ -565,24 +559,9 @@ def ratio(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
 
 
-def spread(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
-def header(script: str, device: torch.device, threads: int, versions: list[str]) -> list[str]:
-    """The first lines of a report: machine, load, versions."""
-    from importlib.metadata import version
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    installed = ", ".join(f"{package} {version(package)}" for package in ("torch", *versions))
-    load = " ".join(f"{x:.1f}" for x in os.getloadavg())
-    date = time.strftime("%Y-%m-%d")
-    return [f"## {script}, {date}", "", f"{name}, {threads} threads, load {load} at the start, {installed};"]
-
-
 def unmeasured(cases: list[str]) -> list[str]:
     """Lines of a table that says what only a GPU can show."""
-    return ["| --size 7b, needs a GPU | |", "|---|---|", *(f"| {case} | not measured |" for case in cases), ""]
+    return table("--size 7b, needs a GPU", [(case, "not measured") for case in cases])
 
 
 def main(cfg: Config) -> None:
@@ -596,10 +575,9 @@ def main(cfg: Config) -> None:
     for case in cases:
         if case not in CASES[cfg.size]:
             raise UserError(f"--cases {case}: --size {cfg.size} has {', '.join(CASES[cfg.size])}")
-    lines = header("bench/llm_train.py", device, cfg.threads, ["transformers", "peft"])
-    turns = f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
-    lines[-1] += f" {cfg.size}, r {RANK}{'' if cfg.profile else turns}"
-    lines += [""]
+    turns = "" if cfg.profile else f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
+    what = f"{cfg.size}, r {RANK}{turns}"
+    lines = header("bench/llm_train.py", device, cfg.threads, what, ["transformers", "peft"])
     with TemporaryDirectory() as folder:
         if cfg.size != "7b":
             make_weights(Path(folder), cfg.size, cfg.seed)
@@ -609,10 +587,7 @@ def main(cfg: Config) -> None:
             lines += profile(job) if cfg.profile else measure(job, cfg.rounds, cfg.steps)
     if device.type != "cuda" and not cfg.profile:
         lines += unmeasured(list(CASES["7b"]))
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines]))
+    publish(lines, cfg.write)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
+from bench.report import header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
 from common.flat import Flat
@@ -53,7 +54,6 @@ from model.fusion import Fusion, FusionConfig, known
 DIMS = {"text": 768, "audio": 768, "video": 25}
 SEQUENCES = {"text": (768, np.float32), "audio": (74, np.float64), "vision": (35, np.float64)}  # MMSA's aligned_50
 FRAMES = 50
-RESULTS = Path(__file__).with_name("RESULTS.md")
 RARE = 3  # a slow variant takes part in every third round
 WARM = 20  # steps of each variant before the first round
 
@@ -181,10 +181,6 @@ def alternate(variants: dict[str, tuple[Callable[[int], None], int, bool]], repe
     return times
 
 
-def spread(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
 def pairs(times: Times, a: str, b: str) -> list[tuple[float, float]]:
     """Times of two variants in the rounds that both have."""
     rounds = min(len(times[a]), len(times[b]))
@@ -212,21 +208,21 @@ def training(cfg: Config, device: torch.device, bf16: bool) -> list[tuple[str, s
             variants[f"{name}, {seeds} seed{'s' * (seeds > 1)}, batch 16"] = (loop.ours, min(loop.steps, 200), False)
     times = alternate(variants, cfg.repeats)
 
-    table = [(f"{name}: ms a step", spread(values)) for name, values in times.items()]
+    rows = [(f"{name}: ms a step", spread(values)) for name, values in times.items()]
     for batch, names in peers.items():
         ours, floor = f"ours, batch {batch}", f"floor, batch {batch}"
         for name in (ours, *names):
             share = [(x - y) / x for x, y in pairs(times, name, floor)]
-            table.append((f"{name}: overhead, share of an epoch", spread(share)))
+            rows.append((f"{name}: overhead, share of an epoch", spread(share)))
         own = median(x - y for x, y in pairs(times, ours, floor))
         for name in names:
-            table.append((f"{name}: epoch, times ours", spread([x / y for x, y in pairs(times, name, ours)])))
+            rows.append((f"{name}: epoch, times ours", spread([x / y for x, y in pairs(times, name, ours)])))
             extra = median(x - y for x, y in pairs(times, name, floor))
-            table.append((f"{name}: overhead, times ours", f"{extra / own:.3g}"))
+            rows.append((f"{name}: overhead, times ours", f"{extra / own:.3g}"))
     for name in ("mlp", "xfuse"):
         both = pairs(times, f"{name}, 1 seed, batch 16", f"{name}, 5 seeds, batch 16")
-        table.append((f"{name}: 5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both])))
-    return table
+        rows.append((f"{name}: 5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both])))
+    return rows
 
 
 # --- opening data -----------------------------------------------------------------------------------------------------
@@ -283,15 +279,9 @@ def measured(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
 
 def _measure(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before, began = _memory("VmRSS"), time.perf_counter()
+    before, began = memory("VmRSS"), time.perf_counter()
     load(path)
-    return 1000 * (time.perf_counter() - began), _memory("VmHWM") - before
-
-
-def _memory(name: str) -> float:
-    """MiB, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    return 1000 * (time.perf_counter() - began), memory("VmHWM") - before
 
 
 def opening(cfg: Config) -> list[tuple[str, str]]:
@@ -311,16 +301,16 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
         for _ in range(max(1, cfg.repeats // RARE)):
             for name, (load, place) in ways.items():
                 found[name].append(measured(load, place))
-    table = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
+    rows = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
              ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
     for name, values in found.items():
         ms, peak = ([value[i] for value in values] for i in range(2))
-        table.append((f"{name}: ms; peak MiB", f"{spread(ms)}; {median(peak):.0f}"))
+        rows.append((f"{name}: ms; peak MiB", f"{spread(ms)}; {median(peak):.0f}"))
     for name in list(ways)[:3]:
         both = list(zip(found[name], found["converted store, ready to train"], strict=True))
         time_ratio, memory_ratio = (spread([x[i] / y[i] for x, y in both]) for i in range(2))
-        table.append((f"{name}, times converted store: time; peak", f"{time_ratio}; {memory_ratio}"))
-    return table
+        rows.append((f"{name}, times converted store: time; peak", f"{time_ratio}; {memory_ratio}"))
+    return rows
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -329,23 +319,16 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    lines = [
-        f"## bench/mosei.py, {time.strftime('%Y-%m-%d')}", "",
-        f"{name}, {cfg.threads} threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}; "
-        f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)", "",
-    ]  # fmt: skip
+    what = f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)"
+    lines = header("bench/mosei.py", device, cfg.threads, what)
     parts = [("fp32", partial(training, cfg, device, False))]
     if device.type == "cuda":
         parts.append(("bf16", partial(training, cfg, device, True)))
     if cfg.pickle_rows:
         parts.append(("opening data", partial(opening, cfg)))
     for title, part in parts:
-        lines += [f"| {title} | |", "|---|---|", *(f"| {what} | {value} |" for what, value in part()), ""]
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines]))
+        lines += table(title, part())
+    publish(lines, cfg.write)
 
 
 if __name__ == "__main__":

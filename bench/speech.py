@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 if not __package__:  # run by path: start again as a module, so that the repository is found and not bench/
@@ -37,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_clap
 import train_slm
+from bench.report import header, publish, spread
 from common import dist
 from common.config import UserError, opt, run
 from common.flat import Flat
@@ -49,7 +49,6 @@ from model.slm import Slm, SlmConfig
 
 CLASSES = 36
 SCRIPTS = 0.9  # as many different ones as clips
-RESULTS = Path(__file__).with_name("RESULTS.md")
 WARM = 2  # steps of each variant before the first round
 COLUMNS = (
     "ms a step", "overhead, share of the epoch", "loop, ms a step", "loop, share of the epoch", "epoch, times ours",
@@ -304,29 +303,18 @@ def rows(times: Times) -> list[str]:
     return lines
 
 
-def spread(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else ""
-
-
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    lines = [
-        f"## bench/speech.py, {time.strftime('%Y-%m-%d')}", "",
-        f"{name}, {cfg.threads} threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}; "
-        f"width {cfg.dim}, {cfg.repeats} rounds; median (least to most)", "",
-    ]  # fmt: skip
+    what = f"width {cfg.dim}, {cfg.repeats} rounds; median (least to most)"
+    lines = header("bench/speech.py", device, cfg.threads, what)
     sizes = ((SlmLoop, cfg.slm_rows, cfg.slm_batch), (ClapLoop, cfg.clap_rows, cfg.clap_batch))
     for kind, count, batches in sizes:
         data = random_pairs(count, cfg.dim).to(device)
         for batch in batches:
             for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
                 lines += [*measure(kind, data, batch, precision, cfg), ""]
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines]))
+    publish(lines, cfg.write)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bench import extract as bench
+from bench import report
 from common import config
 from common.config import UserError
 
@@ -11,7 +12,7 @@ TINY = ["--clips", "9", "--width", "64", "--layers", "1", "--repeats", "1", "--c
 
 
 def test_both_are_measured_and_ours_gives_the_states_of_clips_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(bench, "MEDIAN", 0.4)
     monkeypatch.setattr(bench, "measured", bench._measure)  # in this process, which has imported everything
     (tmp_path / "RESULTS.md").write_text("# Before\n")

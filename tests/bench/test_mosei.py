@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from bench import mosei as bench
+from bench import report
 from common import config
 
 ROOT = Path(bench.__file__).parents[1]
@@ -27,7 +28,7 @@ def test_every_variant_is_measured(tmp_path):
 
 
 def test_results_are_appended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     (tmp_path / "RESULTS.md").write_text("# Before\n")
     bench.main(config.load(bench.Config, [*TINY[:2], "--pickle-rows", "0", *TINY[4:]]))
     text = (tmp_path / "RESULTS.md").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import report
 from bench import speech as bench
 from common import config
 
@@ -46,7 +47,7 @@ def test_every_variant_of_every_size_is_measured(tmp_path):
 
 
 def test_results_are_appended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     (tmp_path / "RESULTS.md").write_text("# Before\n")
     bench.main(config.load(bench.Config, TINY))
     text = (tmp_path / "RESULTS.md").read_text()

@@ -321,12 +321,20 @@ def _history(entries: object, emotions: Sequence[str], strategies: Sequence[str]
             entry = {"role": "therapist" if (len(entries) - i) % 2 else "client", "content": entry}
         if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
             raise UserError(f"{what}: an object with role and content expected, or texts alone in all of history_chat")
-        role = ROLES.get(str(entry.get("role")).strip().lower())
-        if role is None:
-            raise UserError(f"{what}: unknown role {entry.get('role')!r} (roles: user, assistant)")
-        emotion, strategy = label(entry.get("emotion"), emotions, what), label(entry.get("strategy"), strategies, what)
-        history.append(Utterance(role, emotion, entry["content"].strip(), strategy))
+        text = entry["content"].strip()
+        history.append(_said(entry, what, "role", "user, assistant", text, emotions, strategies))
     return history
+
+
+def _said(
+    row: dict[str, Any], what: str, who: str, names: str, text: str, emotions: Sequence[str], strategies: Sequence[str]
+) -> Utterance:
+    """What one side says, with its labels; row[who] tells the side, as one of ROLES (`names`: those for a message)."""
+    role = ROLES.get(str(row.get(who)).strip().lower())
+    if role is None:
+        raise UserError(f"{what}: unknown {who} {row.get(who)!r} ({who}s: {names})")
+    emotion, strategy = label(row.get("emotion"), emotions, what), label(row.get("strategy"), strategies, what)
+    return Utterance(role, emotion, text, strategy)
 
 
 def _record(turn: Turn) -> dict[str, Any]:
@@ -414,11 +422,7 @@ def parse_dialogue(
 def _utterance(value: object, what: str, emotions: Sequence[str], strategies: Sequence[str]) -> Utterance:
     if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
         raise UserError(f"{what}: an object with text and speaker expected")
-    role = ROLES.get(str(value.get("speaker")).strip().lower())
-    if role is None:
-        raise UserError(f"{what}: unknown speaker {value.get('speaker')!r} (speakers: user, sys)")
-    emotion, strategy = label(value.get("emotion"), emotions, what), label(value.get("strategy"), strategies, what)
-    return Utterance(role, emotion, _line(value["text"]), strategy)
+    return _said(value, what, "speaker", "user, sys", _line(value["text"]), emotions, strategies)
 
 
 def read_published(path: str | Path) -> list[Dialogue]:

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,11 +75,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def tensor_files(folder: str | os.PathLike) -> dict[str, Path]:
-    """Tensor name -> safetensors file, of a sharded or a single-file folder. Reads headers only."""
-    files = _model_files(Path(folder), "model.safetensors")
-    if files is None:
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    return {name: file for file in files for name in open_tensors(file).keys()}
+    """Tensor name -> file, of a sharded or a single-file folder, as model_files() finds them. Reads headers only."""
+    return {name: file for file in model_files(folder) for name in _open(file).keys()}
 
 
 def model_files(folder: str | os.PathLike, wanted: Callable[[str], Any] | None = None) -> list[Path]:
@@ -113,6 +111,22 @@ def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     return {name: tensor for file in model_files(folder) for name, tensor in read_tensors(file).items()}
 
 
+class TorchFile:
+    """A torch file, by the methods of an open safetensors file: tensors stay on the disk until they are used."""
+
+    def __init__(self, file: Path) -> None:
+        self.tensors = read_tensors(file, mapped=True)
+        self.keys, self.get_tensor = self.tensors.keys, self.tensors.__getitem__
+
+    def get_slice(self, name: str) -> SimpleNamespace:
+        """What tells the shape."""
+        return SimpleNamespace(get_shape=lambda: self.tensors[name].shape)
+
+
+def _open(file: Path):
+    return open_tensors(file) if file.suffix == ".safetensors" else TorchFile(file)
+
+
 def open_tensors(file: Path):
     """A safetensors file, of which only the header is read; UserError where it is none."""
     try:
@@ -121,27 +135,29 @@ def open_tensors(file: Path):
         raise UserError(f"{file}: not a readable safetensors file ({error})") from None
 
 
-def read_tensors(file: str | os.PathLike, entry: str = "model", nested: bool = False) -> dict[str, torch.Tensor]:
+def read_tensors(
+    file: str | os.PathLike, entry: str = "model", nested: bool = False, mapped: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors of one safetensors or torch file, of its `entry` if it is a training checkpoint.
 
-    With `nested` those of dicts inside count too, as "dict.name".
+    With `nested` those of dicts inside count too, as "dict.name". With `mapped` those of a torch file are not read yet.
     """
     file = Path(file)
     if file.suffix == ".safetensors":
         shard = open_tensors(file)
         return {name: shard.get_tensor(name) for name in shard.keys()}
-    state = read_state(file)
+    state = read_state(file, mapped)
     state = state.get(entry, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"{file}: holds a {type(state).__name__}, not tensors by name")
     return {name: tensor for name, tensor in _flat(state, nested) if torch.is_tensor(tensor)}
 
 
-def read_state(file: str | os.PathLike) -> Any:
+def read_state(file: str | os.PathLike, mapped: bool = False) -> Any:
     """What a torch file holds, if it is tensors, numbers, text and containers of these only."""
     try:
         with torch.serialization.safe_globals(_scalars()):  # trainers keep NumPy scores beside their weights
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: not readable as tensors only ({str(error).splitlines()[0]})") from None
 
@@ -187,7 +203,7 @@ def load_strict(
     found = {ours: place for ours, place in given.items() if not ours.endswith(ignore)}
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(ignore)}
     check_names(folder, wanted, found)
-    shards = {file: open_tensors(file) for file in sorted({file for _, file in found.values()})}
+    shards = {file: _open(file) for file in sorted({file for _, file in found.values()})}
     shapes = {ours: tuple(shards[file].get_slice(name).get_shape()) for ours, (name, file) in found.items()}
     check_shapes(folder, wanted, shapes)
     for file in list(shards):

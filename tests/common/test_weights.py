@@ -97,6 +97,27 @@ def test_load_strict_under_other_names(tmp_path):
     assert torch.equal(linear.bias, bias)
 
 
+def test_load_strict_from_pytorch_files(tmp_path):
+    """The same checks and conversions, with tensors mapped from the file."""
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    torch.save({"weight": weight}, tmp_path / "1.bin")
+    torch.save({"bias": bias, "eye.a": torch.ones(1)}, tmp_path / "2.bin")
+    index = {"weight_map": {"weight": "1.bin", "bias": "2.bin", "eye.a": "2.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with torch.device("meta"):
+        linear = nn.Linear(2, 3)
+    assert load_strict(linear, tmp_path, torch.bfloat16, aside=("eye.",)) == "2/2 tensors, left aside: 1 of eye"
+    assert torch.equal(linear.weight, weight.bfloat16())
+    assert torch.equal(linear.bias, bias.bfloat16())
+    load_strict(linear, tmp_path, mapped=True, aside=("eye.",))
+    assert torch.equal(linear.weight, weight)
+    assert in_file(linear.weight, tmp_path / "1.bin")
+    with pytest.raises(UserError, match=r"1 unexpected: eye\.a$"):
+        load_strict(linear, tmp_path)
+    with pytest.raises(UserError, match=r"wrong shape: weight is \(3, 2\), not \(2, 3\)"):
+        load_strict(nn.Linear(3, 2, bias=False), tmp_path, ignore=("bias",), aside=("eye.",))
+
+
 def test_load_strict_leaves_named_parts_aside(tmp_path):
     weight, bias = torch.randn(3, 2), torch.randn(3)
     parts = {"eye.a": torch.ones(1), "eye.b": torch.ones(1), "eyes.a": torch.ones(1)}
@@ -179,7 +200,7 @@ def test_read_folder_takes_pytorch_files_where_there_are_no_safetensors(tmp_path
 
 
 def test_tensor_files_errors(tmp_path):
-    with pytest.raises(UserError, match=r"no model.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(UserError, match=r"no model.safetensors and no pytorch_model.bin, nor an index of either$"):
         tensor_files(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(UserError, match=r"model.safetensors: not a readable safetensors file"):

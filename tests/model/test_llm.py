@@ -283,6 +283,11 @@ def test_the_language_model_of_a_videollama2(tmp_path):
     ids = torch.randint(0, 97, (1, 9))
     assert torch.equal(loaded(ids), llm(ids))
     assert loaded.config == llm.config
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state | parts, tmp_path / "pytorch_model.bin")  # as MultiMood's own trainer saves it
+    again = Llama.from_pretrained(tmp_path)
+    assert again.coverage == loaded.coverage
+    assert torch.equal(again(ids), llm(ids))
     save_file(state | parts | {"model.adapter.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"1 unexpected: model\.adapter\.weight"):  # nothing is left aside by chance
         Llama.from_pretrained(tmp_path)

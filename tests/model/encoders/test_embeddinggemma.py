@@ -205,7 +205,7 @@ def test_info_rebuilds_the_encoder(tmp_path, monkeypatch, folder):
         ("model.safetensors", {"norm.weight": None}, r"gemma: 92/93 tensors match the model; 1 missing: norm.weight$"),
         ("model.safetensors", {"norm.weight": torch.ones(3)}, r"wrong shape: norm.weight is \(3,\), not \(192,\)$"),
         ("2_Dense/model.safetensors", {"linear.bias": torch.ones(768)}, r"2_Dense: .* 1 unexpected: linear.bias$"),
-        ("3_Dense/model.safetensors", None, r"3_Dense: no model.safetensors and no model.safetensors.index.json$"),
+        ("3_Dense/model.safetensors", None, r"3_Dense: no model.safetensors and no pytorch_model.bin"),
         (
             "config.json",
             {"model_type": "llama"},

@@ -135,13 +135,13 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
     # ---- data and model, checked before any connection is opened
     task = task_of(cfg)(cfg)
-    _, previous, *_ = together(
-        lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
-        lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
+    *_, previous = together(
         *task.opens(here.device, say),
+        lambda: find_weights(cfg.model.llm, "language model") if start is None or not cfg.model.full else None,
         lambda: check_choice(cfg, task),
         lambda: check_shard(cfg, here.device),
         lambda: optim.check(cfg.optim),
+        lambda: checkpoint.resolve(cfg.ckpt, prefer="best") if cfg.ckpt and not cfg.ckpt.endswith(".pth") else None,
     )
     mapped = cfg.shard is not None and cfg.model.quant == "none"  # no process ever holds all of the base
     home = torch.device("cpu") if mapped else here.device

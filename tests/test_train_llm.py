@@ -915,13 +915,13 @@ def test_labels_that_training_lacks_are_named_at_the_start(merr, data, tmp_path,
 
 def scripted(monkeypatch, values, metric):
     """Evaluations that give these values of `metric` one after the other; what else they give is their own."""
-    whole, script = train_llm.emotion.evaluate, iter(values)
+    whole, script = emotion.evaluate, iter(values)
 
     def evaluate(*args):
         scores, records = whole(*args)
         return scores | {metric: next(script)}, records
 
-    monkeypatch.setattr(train_llm.emotion, "evaluate", evaluate)
+    monkeypatch.setattr(emotion, "evaluate", evaluate)
 
 
 STOPPING = ["--iters-per-epoch", 2, "--batch-size", 2, "--evaluate", "--eval-every", 1, "--epochs", 9, "--patience", 2]
@@ -1017,7 +1017,8 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
         (["--evaluate", "--metric", "clue_overlap", "--task-pool", "emotion"],
          "--metric clue_overlap: --data.task-pool has no task with descriptions"),
         (["--metric", "bleu"], "--metric: 'bleu' is not one of weighted_f1, accuracy, war, uar, macro_f1, "
-         "precision_weighted, recall_weighted, invalid, clue_overlap, label_overlap, loss"),
+         "precision_weighted, recall_weighted, invalid, clue_overlap, label_overlap, loss, "
+         "client_emotion, therapist_emotion, strategy"),
         (["--data.curriculum", "hard"], "--data.curriculum: 'hard' is not one of none, modalities, length, both"),
         (["--data.curriculum", "length", "--task-pool", "emotion"],
          "--data.curriculum length: no clip has a description for the tasks emotion"),

@@ -100,6 +100,10 @@ class Config:
     )
     dry_run: bool = opt(False, "build the model without memory, print its sizes and one sample, and stop", "--dry-run")
 
+    def guided(self) -> bool:
+        """Whether the ranges of Emotion-LLaMA's guide are about this run."""
+        return not is_turns(self.data.data_root)
+
     def chooses(self) -> bool:
         """Whether evaluations choose a best checkpoint."""
         return self.save_best or self.patience > 0

@@ -174,12 +174,14 @@ def load(cls: type[T], argv: list[str] | None = None) -> T:
     values = {path: option.default for path, option in schema.options.items()}
     names = _assign(schema, values, _read_yaml(schema, cfg), f"{cfg}: ") if cfg is not None else {}
     names |= _assign(schema, values, flags)
-    for path, name in names.items():
+    made = _build(cls, values, Given(flags, names, cfg))
+    guided = getattr(made, "guided", lambda: True)()  # a config may say that the guide's ranges are not about it
+    for path, name in names.items() if guided else ():
         span, value = schema.options[path].span, values[path]
         if span and value is not None and not span[0] <= value <= span[1] and os.environ.get("RANK", "0") == "0":
             problem = f"{value:g} is outside the guide's range {span[0]:g} to {span[1]:g}"
             print(f"warning: {name} {problem}", file=sys.stderr)
-    return _build(cls, values, Given(flags, names, cfg))
+    return made
 
 
 def run(cls: type[T], main: Callable[[T], object]) -> None:

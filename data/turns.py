@@ -2,9 +2,10 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from data.history import history_ids
 from data.manifest import Clip, split_by_group
 from data.mesc import EMOTIONS, STRATEGIES, Turn, leaks, memory_text, read_turns
 from data.prompts import Encode
-from data.streams import TurnStreams
 from data.support import CHATML, Chat, PromptConfig, Sample, make_sample
 
 FILES = (".json", ".jsonl")
@@ -36,6 +36,14 @@ def is_turns(file: str | Path) -> bool:
     return str(file).lower().endswith(FILES)
 
 
+class Streams(Protocol):
+    """What gives the values of a turn's video and sound: TurnStreams."""
+
+    def slots(self, turn: Turn) -> list[str]: ...
+
+    def __call__(self, turn: Turn, wanted: Collection[str]) -> dict[str, Tensor]: ...
+
+
 class TurnData:
     """The samples of a list of turns, the same in training and in evaluation.
 
@@ -46,7 +54,7 @@ class TurnData:
     def __init__(
         self,
         turns: Sequence[Turn],
-        streams: TurnStreams,
+        streams: Streams,
         cfg: SupportConfig,
         encode: Encode,
         places: Callable[..., int],

@@ -16,12 +16,22 @@ import torch
 from common import config, dist, metrics
 from common.config import UserError
 from common.log import Logger, confusion_image
-from data.clips import ClipData, Features, check, label_gaps, load_replay, load_splits, load_test
+from data.clips import (
+    ClipData,
+    Features,
+    Sample,
+    check,
+    label_gaps,
+    load_replay,
+    load_splits,
+    load_test,
+    make_sample,
+)  # fmt: skip
 from data.features import StoreWriter, encode_clip
 from data.manifest import Clip
 from data.merr import load_merr
 from data.mock import make_mock
-from data.prompts import emotion_question, segments
+from data.prompts import Encode, emotion_question, pick_question, segments, target
 from evals import emotion, sizes, texts
 from model.encoders import load as load_encoder
 from model.mllm import Mllm, load_visual
@@ -82,6 +92,15 @@ def prepare_fast(cfg: Any) -> Any:
         out / "base", [*written, *(caption for clip in known for caption in clip.captions.values())], seed=cfg.seed
     )
     return cfg
+
+
+STAND_IN = Clip(
+    "stand_in", text="I really did not expect to see you here.", label="surprise",
+    captions={
+        "reason": "The raised brows and the open mouth in the video show surprise, and the voice goes up at the end.",
+        "reason_v2": "Raised brows, an open mouth and a rising voice: the person did not expect this, it is surprise.",
+    },
+)  # fmt: skip
 
 
 class ClipTask:
@@ -235,4 +254,15 @@ class ClipTask:
             clip = load_splits(self.data, self.cfg.seed, False, lambda _: None)["train"][0]
         except UserError:
             clip = None
-        sizes.report(self.cfg.model, self.data, self.cfg.batch_size, clip, say)
+        model, data = self.cfg.model, self.data
+        source = f"clip {clip.id}" if clip else "a stand-in clip (the data are not here)"
+        clip = clip or STAND_IN
+        task = next((t for t in data.task_pool if t == "emotion" or t in clip.captions), "emotion")
+        raw = clip.label if task == "emotion" else clip.captions[task]
+        values = {name: torch.empty(rows, device="meta") for name, rows in model.rows().items()}
+        question, answer = pick_question(task, None, data.labels, data.question), target(raw or "", data.prompt_layout)
+
+        def sample(encode: Encode) -> Sample:
+            return make_sample(clip, values, data, encode, task, question, list(values), answer)
+
+        sizes.report(model, self.cfg.batch_size, sample, f"{source}, task {task}", say)

@@ -1,15 +1,15 @@
 """What a configuration of the multimodal language model costs, from shapes alone: parameters, tokens, memory, disk."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from common.config import UserError
 from common.weights import find_weights
-from data.clips import DataConfig, make_sample
-from data.manifest import Clip
-from data.prompts import pick_question, target
 from model.llm import Llama, LlamaConfig
+from model.mamba import MEM, Compressor, Mamba, MambaConfig
 from model.mllm import Mllm, MllmConfig
 from model.quant import BITS
 from model.tokenizer import load_tokenizer
@@ -19,14 +19,16 @@ PUBLISHED = {
     "meta-llama/Llama-2-7b-chat-hf": LlamaConfig(
         32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-5, max_position_embeddings=4096
     ),
+    **dict.fromkeys(("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), LlamaConfig(
+        152064, 3584, 18944, 28, 28, 4, 128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
+        attention_bias=True,
+    )),
+    "Qwen/Qwen2-1.5B-Instruct": LlamaConfig(
+        151936, 1536, 8960, 28, 12, 2, 128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
+        attention_bias=True, tie_word_embeddings=True,
+    ),
 }
-STAND_IN = Clip(
-    "stand_in", text="I really did not expect to see you here.", label="surprise",
-    captions={
-        "reason": "The raised brows and the open mouth in the video show surprise, and the voice goes up at the end.",
-        "reason_v2": "Raised brows, an open mouth and a rising voice: the person did not expect this, it is surprise.",
-    },
-)  # fmt: skip
+MAMBA = MambaConfig(50280, 1024, 48, 2048, 16, 64)  # state-spaces/mamba-370m-hf
 CONTEXT = 0.7e9  # bytes: CUDA context and allocator slack
 CARDS = (12, 24, 80)
 
@@ -42,57 +44,76 @@ def shape(name: str) -> tuple[LlamaConfig, str]:
         return PUBLISHED[name], "its published shape (the weights are not here)"
 
 
-def report(cfg: MllmConfig, data: DataConfig, batch_size: int, clip: Clip | None, say: Callable[[str], None]) -> None:
-    """Prints the sizes of a run of this configuration; allocates no weights."""
-    llm_config, source = shape(cfg.llm)
+def report(
+    cfg: MllmConfig, batch_size: int, sample: Callable[[Callable[..., list[int]]], Any], source: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Prints the sizes of a run of this configuration; allocates no weights.
+
+    `sample` makes a sample of `source` by a tokenizer's encode().
+    """
+    llm_config, where = shape(cfg.llm)
     with torch.device("meta"):
-        mllm = Mllm(cfg, Llama(llm_config))
-    base = sum(p.numel() for n, p in mllm.named_parameters() if n.startswith("llm.") and "lora_" not in n)
+        mllm = Mllm(cfg, Llama(llm_config), _compressor(cfg, llm_config))
+    parts = [(name, p.numel()) for name, p in mllm.named_parameters()]
+    base = sum(count for name, count in parts if name.startswith("llm.") and "lora_" not in name)
     groups = {"language model" if cfg.full else "LoRA": sum(
         p.numel() for n, p in mllm.named_parameters() if n.startswith("llm.") and p.requires_grad)}  # fmt: skip
     for name, module in mllm.projections.items():
-        groups[f"projection {name}"] = sum(p.numel() for p in module.parameters())
+        groups[f"projection {name}"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     trained = sum(groups.values())
-    say(f"language model {cfg.llm}: {base:,} parameters ({source})")
-    say(f"trainable: {trained:,} of {base + (0 if cfg.full else trained):,}")
+    frozen = sum(count for _, count in parts) - base - trained + (groups["language model"] if cfg.full else 0)
+    say(f"language model {cfg.llm}: {base:,} parameters ({where})")
+    say(f"trainable: {trained:,} of {base + frozen + (trained - groups['language model'] if cfg.full else trained):,}")
     for name, count in groups.items():
         say(f"  {name:<28} {count:>13,}")
 
-    tokens = _sample(cfg, data, clip, say)
+    tokens = _shown(cfg, sample, source, say)
     for row in _memory(cfg, llm_config, base, trained, tokens * batch_size):
         say(row)
     say(f"checkpoint on disk: weights {4 * trained / 1e9:.2f} GB + optimiser {8 * trained / 1e9:.2f} GB")
 
 
+def _compressor(cfg: MllmConfig, llm: LlamaConfig) -> Compressor | None:
+    """The compressor of histories for the language model's vocabulary, of the published shape if it is not here."""
+    name = cfg.towers.mamba_compressor
+    if name is None:
+        return None
+    try:
+        mamba = MambaConfig.from_json(find_weights(name) / "config.json")
+    except UserError:
+        mamba = MAMBA
+    mamba = replace(mamba, vocab_size=max(mamba.vocab_size, llm.vocab_size))
+    return Compressor(Mamba(mamba), llm.hidden_size, 0)
+
+
 def _quarter(text: str, specials: Collection[str] = ()) -> list[int]:
-    """As many ids as a tokenizer would give, roughly."""
+    """As many ids as a tokenizer would give, roughly; 1 for each mark of a history."""
+    if MEM in specials:
+        return [id for said in text.split(MEM)[:-1] for id in (*_quarter(said), 1)]
     return [0] * -(-len(text) // 4)
 
 
-def _sample(cfg: MllmConfig, data: DataConfig, clip: Clip | None, say: Callable[[str], None]) -> int:
+def _shown(cfg: MllmConfig, sample: Callable[..., Any], source: str, say: Callable[[str], None]) -> int:
     """Shows one sample and returns its length in tokens."""
     try:
-        encode = load_tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer")).encode
-        counted = ""
+        tokenizer = load_tokenizer(cfg.tokenizer or find_weights(cfg.llm, "tokenizer"))
+        tokenizer.add(MEM)
+        encode, counted = tokenizer.encode, ""
     except UserError:
-        encode = _quarter
-        counted = " (text estimated at 4 characters a token: the tokenizer is not here)"
-    source = f"clip {clip.id}" if clip else "a stand-in clip (the data are not here)"
-    clip = clip or STAND_IN
-    task = next((t for t in data.task_pool if t == "emotion" or t in clip.captions), "emotion")
-    raw = clip.label if task == "emotion" else clip.captions[task]
-    values = {name: torch.empty(rows, device="meta") for name, rows in cfg.rows().items()}
-    question = pick_question(task, None, data.labels, data.question)
-    answer = target(raw or "", data.prompt_layout)
-    sample = make_sample(clip, values, data, encode, task, question, list(values), answer)
-    text = sum(len(piece) for piece in sample.pieces if isinstance(piece, list))
-    embedded = sum(cfg.places(piece) for piece in sample.pieces if isinstance(piece, str))
-    say(f"tokens a sample: {embedded} embedded + {text} prompt text + {len(sample.answer)} answer = "
-        f"{embedded + text + len(sample.answer)}{counted}")  # fmt: skip
-    say(f"sample: {source}, task {task}")
-    say(f"  prompt: {sample.prompt}")
-    say(f"  target: >>>{sample.target}</s><<<")
-    return embedded + text + len(sample.answer)
+        encode, counted = _quarter, " (text estimated at 4 characters a token: the tokenizer is not here)"
+    made = sample(encode)
+    text = sum(len(piece) for piece in made.pieces if isinstance(piece, list))
+    slots = [piece for piece in made.pieces if isinstance(piece, str)]
+    embedded = {name: cfg.places(name, made.values[name]) for name in slots}
+    total = sum(embedded.values()) + text + len(made.answer)
+    apart = f" ({', '.join(f'{name} {count}' for name, count in embedded.items())})" if embedded else ""
+    say(f"tokens a sample: {sum(embedded.values())} embedded{apart} + {text} prompt text + {len(made.answer)} answer = "
+        f"{total}{counted}")  # fmt: skip
+    say(f"sample: {source}")
+    say(f"  prompt: {made.prompt}")
+    say(f"  target: >>>{made.target}</s><<<")
+    return total
 
 
 def _memory(cfg: MllmConfig, llm: LlamaConfig, base: int, trained: int, tokens: int) -> list[str]:

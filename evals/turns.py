@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,33 +15,43 @@ from common import config, dist
 from common.config import UserError
 from common.log import Logger, confusion_image
 from data.chat import START, llama2
-from data.mesc import Turn, memory_text, read_turns
+from data.mesc import Turn, Utterance, memory_text, read_turns
 from data.mock_support import make_support
+from data.prompts import Encode
 from data.streams import TurnStreams, clip_folder
-from data.support import CHATML, format_target, segments
+from data.support import CHATML, Sample, format_target, segments
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
-from evals import emotion, support
+from evals import emotion, sizes, support
 from model.mllm import Mllm, MllmConfig, Standardised
 from model.stc import Unsuitable, load_projectors
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.towers import load_towers
+from model.towers import TowerConfig, load_towers
 from model.toy import make_toy_mamba, make_toy_qwen2
 
 STATISTICS = 256  # turns whose rows tell mean and deviation
-FAST_TURNS = (480, 60, 120)  # train, validation and test
+FAST_TURNS = (960, 60, 120)  # train, validation and test
 # --fast: everything is made on the spot (data/mock_support.py, model/toy.py), nothing is downloaded
 FAST = {
     "model.full": True, "model.normalize": True, "model.grad_checkpoint": False, "model.max_len": 900,
-    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 8, "model.towers.patches": 16,
+    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 4, "model.towers.patches": 16,
     "model.towers.vision_width": 12, "model.towers.audio_tower": "logmel", "model.towers.mm_projector_a_type": "linear",
     "model.towers.audio_tokens": 1, "model.towers.audio_width": 504, "model.towers.audio_seconds": 8.0,
     "support.answer_room": 64, "support.prompt.k_turn_history": 1, "support.prompt.context": False,
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
-    "optim.lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4, "optim.warmup_steps": 20, "epochs": 12,
+    "optim.lr": 1.5e-3, "optim.mm_projector_lr": 4e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
+    "optim.warmup_steps": 20, "epochs": 8,
     "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 4, "save_every": 4,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
+STAND_IN = Turn(
+    "stand_in", "stand_in", None, "work", "The client has lost her job.", "And then he told me that it was over.",
+    "What did you feel when he said that?", "sadness", "neutral", "open question", ["clip.mp4"],
+    [
+        Utterance("client", "neutral", "I was at work on Monday, as always."),
+        Utterance("therapist", "neutral", "What happened there?"),
+    ],
+)  # fmt: skip
 MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice
 
 
@@ -205,7 +215,33 @@ class TurnTask:
 
     def dry_run(self, say: Callable[[str], None]) -> None:
         """Prints what the run would cost."""
-        raise UserError("--dry-run: not for dialogues yet")
+        model = self.cfg.model
+        try:
+            turn = read_turns(self.data.data_root, self.data.max_bad)[0][0]
+        except UserError:
+            turn = None
+        source = f"turn {turn.id}" if turn else "a stand-in turn (the data are not here)"
+        towers = {"video": model.towers.vision_tower, "audio": model.towers.audio_tower}
+        values = {name: torch.empty(shapes(model.towers)[name], device="meta") for name in towers if towers[name]}
+
+        def sample(encode: Encode) -> Sample:
+            made = (turn or STAND_IN, Unseen(values), self.cfg.support, encode, model.places, model.max_len)
+            return TurnData([made[0]], *made[1:], compressed=model.towers.mamba_compressor is not None).sample(0)
+
+        sizes.report(model, self.cfg.batch_size, sample, source, say)
+
+
+class Unseen:
+    """Streams that every turn has, of which nothing but the shapes is known."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+    def slots(self, turn: Turn) -> list[str]:
+        return list(self.values)
+
+    def __call__(self, turn: Turn, wanted: Collection[str]) -> dict[str, Tensor]:
+        return {name: value for name, value in self.values.items() if name in wanted}
 
 
 def turn_data(
@@ -221,14 +257,18 @@ def open_streams(model: MllmConfig, cfg: SupportConfig, folder: Path, device: to
     """The towers, and the folder of the clips that they see and hear."""
     towers = model.towers
     eye, ear = load_towers(towers, device)
-    shapes = {
-        "video": (towers.num_frames, towers.patches, towers.vision_width),
-        "audio": (towers.audio_tokens, towers.audio_width),
-    }
     return TurnStreams(
-        folder, shapes, eye, ear, num_k_vid=cfg.num_k_vid, num_frames=towers.num_frames,
+        folder, shapes(towers), eye, ear, num_k_vid=cfg.num_k_vid, num_frames=towers.num_frames,
         audio_seconds=towers.audio_seconds, audio_windows=towers.audio_windows,
     )  # fmt: skip
+
+
+def shapes(cfg: TowerConfig) -> dict[str, tuple[int, ...]]:
+    """Of what the towers make of a turn."""
+    return {
+        "video": (cfg.num_frames, cfg.patches, cfg.vision_width),
+        "audio": (cfg.audio_tokens, cfg.audio_width),
+    }
 
 
 def statistics(data: TurnData) -> dict[str, tuple[Tensor, Tensor]]:

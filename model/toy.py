@@ -38,14 +38,16 @@ def make_toy_llm(folder: Path, sentences: Iterable[str], seed: int = 0, hidden: 
     _save_random(config, folder, seed)
 
 
-def make_toy_qwen2(folder: Path, sentences: Iterable[str], seed: int = 0, hidden: int = 96, layers: int = 3) -> None:
+def make_toy_qwen2(
+    folder: Path, sentences: Iterable[str], seed: int = 0, hidden: int = 96, layers: int = 3, pieces: int = PIECES
+) -> None:
     """Writes config.json, model.safetensors and tokenizer.json (byte-level BPE, then ChatML's tokens) to `folder`."""
     from tokenizers import models, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
     backend = byte_level(models.BPE())
     letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=letters, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=pieces, initial_alphabet=letters, show_progress=False)
     backend.train_from_iterator(sentences, trainer)
     backend.add_special_tokens([*CHATML])
     backend.save(str(folder / "tokenizer.json"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from model.toy import make_toy_mamba, make_toy_qwen2
 from tests.conftest import FORK
 from tests.training import killed_saving, run, stopped_inside, weights
 
+ROOT = Path(train_llm.__file__).parent
 EMOTIONS = "anger,sadness,joy,fear,neutral"
 STRATEGIES = "restatement,self-disclosure,approval,open question"
 
@@ -255,3 +257,33 @@ def test_text_alone_needs_no_clips(small, root, tmp_path, capsys):
     argv += ["--mamba-compressor", "none", "--modalities", "text,history", "--history-labels", "--no-context"]
     assert train([*argv, "--epochs", 1, "--iters-per-epoch", 2, "--out", tmp_path / "out"]) == 0
     assert "train: 24 turns (history " in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_the_published_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # neither weights nor data are here
+    assert train(["--cfg", ROOT / "configs/multimood.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "language model Qwen/Qwen2-7B-Instruct: 7,615,616,512 parameters (its published shape",
+        "  projection video               376,889,248",
+        "  projection audio                15,604,736",
+        "tokens a sample: 2850 embedded (video 1352, audio 1496, history 2) + ",
+        "sample: a stand-in turn (the data are not here)",
+    ):
+        assert line in said
+    assert train(["--cfg", ROOT / "configs/multimood_qlora.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    # r 64 on the seven linears of 28 layers; of the frozen compressor its projection alone
+    hidden, inner, kv = 3584, 18944, 512
+    shapes = [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ]
+    assert f"  LoRA                           {28 * sum(64 * (a + b) for a, b in shapes):,}" in said
+    assert f"  projection history               {1024 * hidden + hidden:,}" in said
+    assert "2174 embedded (video 676, audio 1496, history 2)" in said

@@ -29,7 +29,7 @@ from model.towers import TowerConfig, load_towers
 from model.toy import make_toy_mamba, make_toy_qwen2
 
 STATISTICS = 256  # turns whose rows tell mean and deviation
-FAST_TURNS = (960, 60, 120)  # train, validation and test
+FAST_TURNS = (900, 60, 120)  # train, validation and test
 # --fast: everything is made on the spot (data/mock_support.py, model/toy.py), nothing is downloaded
 FAST = {
     "model.full": True, "model.normalize": True, "model.grad_checkpoint": False, "model.max_len": 900,
@@ -40,8 +40,8 @@ FAST = {
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
     "optim.lr": 1.5e-3, "optim.mm_projector_lr": 4e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 20, "epochs": 8,
-    "precision": "fp32", "num_workers": 0, "log_every": 10, "evaluate": True, "eval_every": 4, "save_every": 4,
+    "optim.warmup_steps": 20, "epochs": 7,
+    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 7, "save_every": 7,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
 STAND_IN = Turn(

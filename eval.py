@@ -22,20 +22,20 @@ from common.log import confusion_png
 from data import pairs
 from data.clips import ClipData, DataConfig, Features, load_test
 from data.dfew import FOLDS, load_dfew
-from data.mesc import read_turns
+from data.mesc import Turn, read_turns
 from data.mosei import open_corpus
 from data.prompts import ASKED, EMOTIONS9, LAYOUTS
 from data.streams import clip_folder
 from data.support import LAYOUTS as PROMPTS
 from data.support import MODALITIES
-from data.turns import test_file
+from data.turns import load_turns, test_file
 from data.utterances import load_splits
 from evals import compare, emer, emotion, page, retrieval, sentiment, speech, support, texts
 from evals.emotion import BENCHMARKS, DecodeConfig
 from evals.freeform import FreeForm, find_truth, write
 from evals.judge import JudgeConfig
 from evals.meld import MeldSource, known, read_splits, stores
-from evals.turns import turn_data
+from evals.turns import linear, linear_table, turn_data
 from model import clap, fusion, meld, slm
 from model.combine import WAYS
 from model.mllm import load_visual
@@ -237,8 +237,18 @@ def score_turns(cfg: Config, predictor: TurnPredictor, here: dist.Ranks, say: Ca
         for name, field in scores["fields"].items():
             if field["rows"]:
                 confusion_png(field["confusion"], field["labels"], out / f"{name}.png", f"{name}: {predictor.name}")
-        say(f"{support.table(scores)}\nwritten to {out}")
+        say(f"{support.table(scores)}\n{beside(predictor, data, turns)}\nwritten to {out}")
     dist.cleanup()
+
+
+def beside(predictor: TurnPredictor, data: DataConfig, test: list[Turn]) -> str:
+    """The linear baseline, where the turns that it learns from are here."""
+    compressed = predictor.mllm.cfg.towers.mamba_compressor is not None
+    try:
+        splits = load_turns(replace(data, shuffle_labels=False), predictor.seed, True, False, lambda _: None)
+        return linear_table(linear(splits | {"test": test}, predictor.support.prompt, compressed))
+    except UserError as error:
+        return f"no linear baseline: {error}"
 
 
 def choose(cfg: Config, trained: DataConfig) -> tuple[str, DataConfig]:

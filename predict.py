@@ -194,6 +194,7 @@ class LanguagePredictor(Predictor):
             states = [checkpoint.read_state(folder) for folder in folders]
             super().__init__(states[0]["features"])
             states[0]["config"]["model"] |= {"llm": llm} if llm else {}
+            self.seed: int = states[0]["config"]["seed"]
             self.data = from_dict(DataConfig, states[0]["config"]["data"])
             self.support = from_dict(SupportConfig, states[0]["config"].get("support", {}))
             if combine:

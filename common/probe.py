@@ -27,16 +27,27 @@ def fit_head(x: Tensor, y: Tensor, score: bool, several: bool, outputs: int, c: 
 
 
 def _solve(x: Tensor, outputs: int, c: float, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    weight = x.new_zeros(outputs, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(outputs, requires_grad=True)
+    return solve(x.new_zeros(outputs, x.shape[1]), lambda weight: x @ weight.T, len(x), c, objective)
+
+
+def solve(
+    start: Tensor, product: Callable[[Tensor], Tensor], rows: int, c: float, objective: Callable[[Tensor], Tensor],
+    tolerance: float = 1e-9,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight and bias that minimise c * objective(product(weight) + bias) + |weight|^2 / 2, from weight `start` on.
+
+    start (outputs, D), product(weight) (rows, outputs); `tolerance` is of the gradient of that over c * rows.
+    """
+    weight = start.clone().requires_grad_()
+    bias = start.new_zeros(len(start), requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-12, history_size=20,
+        [weight, bias], max_iter=2000, tolerance_grad=tolerance, tolerance_change=1e-12, history_size=20,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = (objective(x @ weight.T + bias) + weight.square().sum() / (2 * c)) / len(x)
+        value = (objective(product(weight) + bias) + weight.square().sum() / (2 * c)) / rows
         value.backward()
         return value
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from common import config, dist
 from common.config import UserError
-from common.log import Logger, confusion_image
+from common.log import Logger, confusion_image, table_lines
 from data.chat import START, llama2
 from data.mesc import Turn, Utterance, memory_text, read_turns
 from data.mock_support import make_support
 from data.prompts import Encode
 from data.streams import TurnStreams, clip_folder
-from data.support import CHATML, Sample, format_target, segments
+from data.support import CHATML, PromptConfig, Sample, format_target, segments
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
-from evals import emotion, sizes, support
+from evals import emotion, sizes, support, tfidf
 from model.mllm import Mllm, MllmConfig, Standardised
 from model.stc import Unsuitable, load_projectors
 from model.tokenizer import Tokenizer, load_tokenizer
@@ -211,6 +211,8 @@ class TurnTask:
             line = ", ".join(f"{field} {value['accuracy']:.4f}" for field, value in found["fields"].items()
                              if value["rows"])  # fmt: skip
             say(f"test, {name:<15}: accuracy of {line}")
+        results["linear"] = linear(self.turns, cfg.support.prompt, cfg.model.towers.mamba_compressor is not None)
+        say(linear_table(results["linear"]))
         return results
 
     def dry_run(self, say: Callable[[str], None]) -> None:
@@ -279,6 +281,35 @@ def statistics(data: TurnData) -> dict[str, tuple[Tensor, Tensor]]:
             rows[name].append(value.flatten(0, -2).double())
     found = {name: torch.std_mean(torch.cat(parts), 0, correction=0) for name, parts in rows.items()}
     return {name: (mean.float(), std.float()) for name, (std, mean) in found.items()}
+
+
+def linear(turns: dict[str, list[Turn]], prompt: PromptConfig, compressed: bool) -> dict[str, Any]:
+    """Field -> scores of a linear model of the words on test, which knows what a model with this prompt is told.
+
+    It is chosen on valid, without which there is none.
+    """
+    heard = {part for part in tfidf.PARTS if part == "client" or "history" in prompt.modalities}
+    if not (prompt.history_labels or compressed):
+        heard -= {"client_emotion_before", "strategy_before"}
+    choices = [parts for parts in tfidf.CHOICES if heard >= set(parts)]
+    splits = [turns[split] for split in ("train", "valid", "test")]
+    found = {}
+    for name in CLOSED if all(splits) and "text" in prompt.modalities else ():
+        if name in prompt.fields and all(any(getattr(turn, name) for turn in part) for part in splits):
+            labels = prompt.strategies if name == "strategy" else prompt.emotions
+            found[name] = tfidf.baseline(splits[0], splits[1], splits[2], name, labels, choices)
+    return found
+
+
+def linear_table(found: dict[str, Any]) -> str:
+    """The scores of linear() as aligned text."""
+    if not found:
+        return "no linear baseline: it needs words, training, validation and test turns"
+    columns = ("accuracy", "weighted_f1", "macro_f1")
+    rows: list[list[str]] = [["TF-IDF, logistic regression", *columns, "of"]]
+    for name, scores in found.items():
+        rows.append([name, *(f"{scores[column]:.4f}" for column in columns), ", ".join(scores["parts"])])
+    return table_lines(rows)
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from common.config import UserError
 from common.log import table_lines
 from common.shard import place
 from data.mesc import EMOTIONS, STRATEGIES
-from data.prompts import Encode
+from data.prompts import Encode, encode_answer
 from data.support import FIELDS, GAP, PromptConfig, Sample, asked, fields, parse_answer
 from data.turns import CLOSED, TurnData
 from evals import texts
@@ -47,7 +47,8 @@ class Answers:
         prompts = {}
         for i in open_:
             lines = [self._line(i, name, label) for label in labels]
-            prompts[i], endings = continued(self.samples[i], lines, self.tokenizer.encode)
+            last = name == self.asked[i][-1]
+            prompts[i], endings = continued(self.samples[i], lines, last, self.tokenizer.encode)
             groups[tuple(map(tuple, endings))].append(i)  # one, but for a tokenizer that joins across fields
         for endings, members in groups.items():
             for chosen in self._batches(members, prompts):
@@ -92,12 +93,12 @@ class Answers:
         return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
 
 
-def continued(sample: Sample, texts: Sequence[str], encode: Encode) -> tuple[Sample, list[list[int]]]:
+def continued(sample: Sample, texts: Sequence[str], last: bool, encode: Encode) -> tuple[Sample, list[list[int]]]:
     """The sample with what all of the texts begin with behind its prompt, and how each of them goes on.
 
-    Each text ends a line, and how goes on is cut where the tokens of the whole line are.
+    Each text ends its line as answers do: another one follows, or with the `last` the end.
     """
-    whole = [encode(text + GAP, specials=()) for text in texts]
+    whole = [encode_answer(text, encode) if last else encode(text + GAP, specials=()) for text in texts]
     shared = min(alike(whole), min(map(len, whole)) - 1)
     return replace(sample, pieces=[*sample.pieces, whole[0][:shared]]), [ids[shared:] for ids in whole]
 

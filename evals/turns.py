@@ -143,7 +143,9 @@ class TurnTask:
         if self.cfg.model.normalize:
             mllm.set_statistics(statistics(self.trained))
         source = self.cfg.model.towers.pretrain_projectors_repo
-        for name in ("video", "audio") if source is not None else ():
+        if source is None:
+            return
+        for name in ("video", "audio"):
             if name in mllm.projections:
                 try:
                     made = mllm.projections[name]

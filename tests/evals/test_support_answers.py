@@ -66,6 +66,18 @@ def test_scored_fields_follow_each_other(world):
         }  # fmt: skip
 
 
+def test_the_last_field_ends_the_answer(world):
+    model, tokenizer, turns = world
+    alone = data(tokenizer, turns.turns[:2], compressed=False, prompt=PROMPT | {"fields": ["strategy"]})
+    for i, record in enumerate(support.ask(model, tokenizer, alone, DecodeConfig(), HERE)):
+        prompt = [token for piece in alone.sample(i).pieces for token in piece]
+        lines = [tokenizer.encode(f"Therapist's strategy: {label}", specials=()) for label in STRATEGIES]
+        scores = [likelihood(model, [*prompt, *line, tokenizer.eos_id], len(prompt)) for line in lines]
+        found = torch.tensor(list(record["probabilities"]["strategy"].values()), dtype=torch.float64)
+        torch.testing.assert_close(found, torch.tensor(scores).double().softmax(0), atol=1e-5, rtol=1e-4)
+        assert record["answer"] == f"Therapist's strategy: {STRATEGIES[int(found.argmax())]}"
+
+
 def test_a_response_is_what_greedy_decoding_writes_after_the_fields(world):
     model, tokenizer, turns = world
     [record] = support.ask(model, tokenizer, turns, DecodeConfig(max_new_tokens=6), HERE, limit=1)

@@ -1,5 +1,6 @@
 """Emotional support: the four fields of an answer, by a language model; their scores beside the commonest labels'."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,8 +139,9 @@ def ask(
     count = min(limit or len(data), len(data))
     turns = range(here.rank, count, here.world)
     mine: list[dict[str, Any]] = []
+    quiet = not (progress and here.main and sys.stderr.isatty())
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for at in tqdm(range(0, len(turns), HELD), cfg.decode, disable=not progress or not here.main, leave=False):
+        for at in tqdm(range(0, len(turns), HELD), cfg.decode, disable=quiet, leave=False):
             samples = list(pool.map(data.sample, turns[at : at + HELD]))
             mine += answer(mllm, tokenizer, samples, data.cfg.prompt, cfg, batch_size, seed + at, respond)
     mllm.train(was_training)

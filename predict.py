@@ -598,6 +598,9 @@ def load(
     if combine == "predictions" and decode and decode.num_beams > 1:
         raise UserError(f"--num-beams {decode.num_beams}: --combine predictions has no beams")
     dialogues = system is None and not is_published(folders[0]) and is_turns(root_of(folders[0]))
+    if dialogues and checkpoint.read_state(folders[0])["config"]["support"].get("reconstruct", "none") != "none":
+        better = f"train_llm.py --mamba-compressor {folders[0]} goes on with it"
+        raise UserError(f"{folders[0]}: a history compressor alone, which answers nothing; {better}")
     return (TurnPredictor if dialogues else LlmPredictor)(folders, place, decode, llm, combine, shape)
 
 

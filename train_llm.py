@@ -28,10 +28,13 @@ from data.loader import Order, Samples, by_length, part_of, window, windows
 from data.turns import SupportConfig, is_turns
 from evals.clips import ClipTask
 from evals.emotion import DecodeConfig
+from evals.reconstruct import ReconstructTask
 from evals.turns import TurnTask
 from model.mamba import compressor_identity
 from model.mllm import Batch, Mllm, MllmConfig, build, checkpoint_files, pack
 from model.published import load_published
+
+Task = ClipTask | TurnTask | ReconstructTask
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Config:
     save_best: bool = opt(False, "keep `best` pointing at the best checkpoint by --metric", "--save-best")
     metric: str = opt(
         "weighted_f1", "validation score that chooses the best; of a dialogue's field its weighted F1", "--metric",
-        choices=tuple(dict.fromkeys((*ClipTask.METRICS, *TurnTask.METRICS))),
+        choices=tuple(dict.fromkeys((*ClipTask.METRICS, *TurnTask.METRICS, *ReconstructTask.METRICS))),
     )  # fmt: skip
     patience: int = opt(
         0, "evaluations without a better --metric that end the run, which keeps its best; 0: never", "--patience"
@@ -165,7 +168,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     if cfg.shard:
         dist.connect(here, sharded=True)
         layers, release = mllm.llm.model.layers, cfg.shard == "full"
-        shard.shard(mllm, layers, here, dtype, release, cfg.offload, ("score", "generate"))
+        shard.shard(mllm, layers, here, dtype, release, cfg.offload, ("score", "generate", "tally"))
     optimizer = optim.build(mllm, cfg.optim)
     progress = begin(cfg, mllm, optimizer, scaler, start, previous, here, say)
     task.follow(mllm)
@@ -297,8 +300,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     dist.cleanup()
 
 
-def task_of(cfg: Config) -> type[ClipTask | TurnTask]:
-    """What the run is about: turns of dialogues (MultiMood) or clips (Emotion-LLaMA)."""
+def task_of(cfg: Config) -> type[Task]:
+    """What the run is about: clips (Emotion-LLaMA), turns of dialogues or what was said before them (MultiMood)."""
+    if cfg.support.reconstruct != "none":
+        return ReconstructTask
     return TurnTask if is_turns(cfg.data.data_root) else ClipTask
 
 
@@ -315,7 +320,7 @@ def together(*attempts: Callable) -> list:
     return results
 
 
-def check_choice(cfg: Config, task: ClipTask | TurnTask) -> None:
+def check_choice(cfg: Config, task: Task) -> None:
     """UserError where the run cannot choose a checkpoint, or stop, as it is asked to."""
     for flag, value in (("--patience", cfg.patience), ("--tokens-per-batch", cfg.tokens_per_batch)):
         if value < 0:
@@ -426,7 +431,7 @@ class Progress:
     ranking: list[dict] = field(default_factory=list)  # the best, and those after it that --keep-best keeps
     stale: int = 0  # evaluations since the best
 
-    def scored(self, cfg: Config, task: ClipTask | TurnTask, scores: dict, epoch: int, name: str) -> bool:
+    def scored(self, cfg: Config, task: Task, scores: dict, epoch: int, name: str) -> bool:
         """Takes in the validation scores that checkpoint `name` will have; True when it is to be kept for them."""
         if cfg.metric not in scores:
             raise UserError(f"--metric {cfg.metric}: none of the validation clips that were scored gives it")

@@ -17,6 +17,7 @@ from data.history import history_ids
 from data.manifest import Clip, split_by_group
 from data.mesc import EMOTIONS, STRATEGIES, Turn, leaks, memory_text, read_turns
 from data.prompts import Encode
+from data.reconstruct import KINDS
 from data.support import CHATML, Chat, PromptConfig, Sample, make_sample
 
 FILES = (".json", ".jsonl")
@@ -29,6 +30,10 @@ class SupportConfig:
     memory_tokens: int = opt(512, "most tokens of the history that the compressor reads, the newest utterances")
     answer_room: int = opt(256, "positions that a prompt leaves to the answer, in training as in evaluation")
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    reconstruct: str = opt(
+        "none", "in place of answering turns pretrain the compressor alone: its memory of the histories' utterances or "
+        "of whole dialogues is to be written out", "--reconstruct", choices=KINDS,
+    )  # fmt: skip
 
 
 def is_turns(file: str | Path) -> bool:

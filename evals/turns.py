@@ -15,11 +15,12 @@ from common import config, dist
 from common.config import UserError
 from common.log import Logger, confusion_image, table_lines
 from data.chat import START, llama2
+from data.clips import DataConfig
 from data.mesc import Turn, Utterance, memory_text, read_turns
 from data.mock_support import make_support
 from data.prompts import Encode
 from data.streams import TurnStreams, clip_folder
-from data.support import CHATML, PromptConfig, Sample, format_target, segments
+from data.support import CHATML, Chat, PromptConfig, Sample, format_target, segments
 from data.turns import CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, sizes, support, tfidf
 from model.mllm import Mllm, MllmConfig, Standardised
@@ -106,16 +107,7 @@ class TurnTask:
             folder = clip_folder(cfg.data.data_root, cfg.data.image_path) if towers else Path()
             self.streams = open_streams(cfg.model, cfg.support, folder, device)
 
-        return [read, streams, self._check]
-
-    def _check(self) -> None:
-        """UserError for settings that turns have no use for."""
-        given = {
-            "curriculum": self.data.curriculum != "none", "replay": self.data.replay is not None,
-            "enable-augmentation": self.data.enable_augmentation, "speaker-norm": self.data.speaker_norm,
-        }  # fmt: skip
-        if unread := [name for name, on in given.items() if on]:
-            raise UserError(f"--data.{unread[0]}: not for turns of dialogues ({self.data.data_root})")
+        return [read, streams, lambda: check_data(cfg.data)]
 
     @property
     def labels(self) -> dict[str, list[str]]:
@@ -253,8 +245,22 @@ def turn_data(
 ) -> TurnData:
     """Turns as samples for this model, in the layout of conversations that its tokenizer knows the marks of."""
     compressed = model.towers.mamba_compressor is not None
-    chat = CHATML if START in tokenizer.specials else llama2
-    return TurnData(turns, streams, cfg, tokenizer.encode, model.places, model.max_len, compressed, chat)
+    return TurnData(turns, streams, cfg, tokenizer.encode, model.places, model.max_len, compressed, layout(tokenizer))
+
+
+def layout(tokenizer: Tokenizer) -> Chat:
+    """The layout of conversations that a tokenizer knows the marks of."""
+    return CHATML if START in tokenizer.specials else llama2
+
+
+def check_data(data: DataConfig) -> None:
+    """UserError for settings that turns have no use for."""
+    given = {
+        "curriculum": data.curriculum != "none", "replay": data.replay is not None,
+        "enable-augmentation": data.enable_augmentation, "speaker-norm": data.speaker_norm,
+    }  # fmt: skip
+    if unread := [name for name, on in given.items() if on]:
+        raise UserError(f"--data.{unread[0]}: not for turns of dialogues ({data.data_root})")
 
 
 def open_streams(model: MllmConfig, cfg: SupportConfig, folder: Path, device: torch.device) -> TurnStreams:

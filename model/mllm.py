@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import checkpoint
 from common.config import UserError, from_dict, opt
@@ -38,7 +39,7 @@ class MllmConfig:
     lora_r: int = opt(64, "LoRA rank", "--lora-r", span=(32, 128))
     lora_alpha: int = opt(16, "LoRA alpha; the update is scaled by alpha / r", "--lora-alpha", span=(8, 32))
     lora_dropout: float = opt(0.05, "dropout on the input of every LoRA adapter", "--lora-dropout", "--dropout")
-    lora_targets: list[str] = opt(["q_proj", "v_proj"], "linears that get an adapter")
+    lora_targets: list[str] = opt(["q_proj", "v_proj"], "linears that get an adapter; [] for none")
     full: bool = opt(False, "train the whole (small) language model instead of LoRA", "--full")
     features: dict[str, int] = opt(
         {"mae_340_UTT": 1024, "maeV_399_UTT": 1024, "HL-UTT": 1024}, "utterance features in prompt order: name=width"
@@ -303,8 +304,8 @@ class Mllm(nn.Module):
             x = x.index_copy(1, places, rows[None].to(x.dtype))
         return x
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
+    def told(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States (n, D) that tell the labelled tokens, which are those before them, and these tokens (n,)."""
         x, positions, labels, attend = self.embed(batch), batch.positions, batch.labels, Packed(batch.lengths)
         shared = batch.shared
         if worth_sharing(shared, batch.lengths):
@@ -316,11 +317,25 @@ class Mllm(nn.Module):
             x.requires_grad_()  # a batch of words alone: layers that are sharded must all go backward on every rank
         hidden = self.llm.hidden(x, attend, positions[None])[0]
         at = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        return hidden.index_select(0, at - 1), labels[at]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross entropy in nats over labelled positions (divide by the tokens of the whole step)."""
         weights = [p for p in self.llm.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        loss: Any = HeadLoss.apply(self.llm.head, hidden.index_select(0, at - 1), labels[at], *weights)
+        loss: Any = HeadLoss.apply(self.llm.head, *self.told(batch), *weights)
         # every projection takes part in every step, as DDP and the optimiser's decay expect
         idle = [p for name, module in self.projections.items() if name not in batch.slots for p in module.parameters()]
         return loss + sum((p.sum() * 0.0 for p in idle), torch.zeros((), device=loss.device))
+
+    @torch.no_grad()
+    def tally(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum that forward() gives, and how many of the labelled tokens are the likeliest where they stand."""
+        loss, hits = torch.zeros(2, device=batch.labels.device)
+        for hidden, labels in zip(*(each.split(CHUNK) for each in self.told(batch)), strict=True):
+            logits = self.llm.head(hidden)
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            hits += (logits.argmax(1) == labels).sum()
+        return loss, hits
 
     def prompts(self, batch: Batch) -> list[Tensor]:
         """Embeddings of each sample's prompt, a list of (T_i, D)."""

@@ -148,7 +148,7 @@ FLAGS = {
         support.prompt.system, support.prompt.k_turn_history, support.prompt.history_labels --history-labels,
         support.prompt.context --context, support.prompt.modalities --modalities, support.prompt.emotions,
         support.prompt.fields --fields,
-        support.prompt.strategies,
+        support.prompt.strategies, support.reconstruct --reconstruct,
         data.data_root --data-root, data.image_path --image-path, data.annotation_file --annotation-file,
         data.manifest --manifest, data.fold --fold, data.valid_file --valid-file, data.valid_share,
         data.test_file --test-file, data.features_root, data.task_pool --task-pool, data.labels, data.question,

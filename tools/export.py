@@ -260,6 +260,8 @@ def _llm(folder: Path, state: dict[str, Any], cfg: Config, device: torch.device)
     made = state["config"]
     if cfg.format == "peft" and made["model"]["full"]:
         raise UserError(f"{folder}: was trained whole, so it has no adapters: --format huggingface")
+    if cfg.format == "peft" and made["model"].get("lora_targets") == []:
+        raise UserError(f"{folder}: its language model was not trained, so it has no adapters")
     few = made["model"].get("quant", "none")
     made["model"] |= {"quant": "none"} | ({"llm": cfg.llm} if cfg.llm else {})
     model, tokenizer, coverage = mllm.load(folder, state, device, torch.float32)

@@ -263,3 +263,29 @@ def test_standardised_connectors_of_video_and_sound():
     torch.testing.assert_close(part(value[None])[0].double(), expected, atol=1e-6, rtol=1e-5)
     assert built.projections["video"](SAMPLES[0].values["video"][None]).shape == (1, 8, 16)
     assert {"projections.audio.mean", "projections.video.std"} <= checkpoint.trainable_state(built).keys()
+
+
+@torch.no_grad()
+def test_tokens_are_tallied_as_one_sample_after_the_other_has_them(model):
+    model.eval()
+    likeliest = []
+    for each in SAMPLES:
+        (embeddings,), (labels,) = by_hand(model, [each])
+        logits = model.llm(inputs_embeds=embeddings[None])[0]
+        likeliest.append(int(logits[int((labels == IGNORE_INDEX).sum()) - 1].argmax()))
+    # two of the answers begin as the model would have it
+    chosen = [
+        SimpleNamespace(**vars(each) | {"answer": [token, *each.answer[1:]] if i < 2 else each.answer})
+        for i, (each, token) in enumerate(zip(SAMPLES, likeliest, strict=True))
+    ]
+    hits, loss = 0, 0.0
+    for embeddings, labels in zip(*by_hand(model, chosen), strict=True):
+        logits = model.llm(inputs_embeds=embeddings[None])[0, :-1]
+        hits += int((logits.argmax(1) == labels[1:]).sum())
+        loss += F.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum").item()
+    batch = pack(chosen, CFG)
+    found = model.tally(batch)
+    assert 2 <= hits < batch.targets
+    assert int(found[1]) == hits
+    assert float(found[0]) == pytest.approx(loss, rel=1e-5)
+    assert float(found[0]) == pytest.approx(float(model(batch)), rel=1e-6)

@@ -16,9 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +30,7 @@ import numpy as np
 import soundfile
 import torch
 
-from bench.report import header, memory, publish, spread, table
+from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import UserError, opt, run
 from data.extraction import extract
@@ -160,11 +158,6 @@ def load_theirs(job: Job, batch: int = BATCH) -> Callable[[list[Clip]], None]:
 
 def measured(load: Load, job: Job) -> tuple[float, float]:
     """Seconds that the clips take, and MiB of memory at most, of the GPU where there is one."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, load, job).result()
-
-
-def _measure(load: Load, job: Job) -> tuple[float, float]:
     import transformers.models.hubert.modeling_hubert  # noqa: F401
 
     torch.set_num_threads(job.threads)
@@ -198,7 +191,7 @@ def measure(cfg: Config, device: torch.device, lengths: np.ndarray) -> list[tupl
 
         for i in range(cfg.repeats):
             for variant in list(found)[:: -1 if i % 2 else 1]:
-                found[variant].append(measured(loads[variant], job(f"{variant}{i}")))
+                found[variant].append(apart(measured, loads[variant], job(f"{variant}{i}")))
         some = clips[:: max(len(clips) // cfg.checked, 1)]
         load_theirs(job("alone"), 1)(some)
         store = FeatureStore(root / "ours0")

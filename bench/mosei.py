@@ -19,11 +19,9 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -40,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
-from bench.report import header, memory, publish, spread, table
+from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
 from common.flat import Flat
@@ -272,12 +270,7 @@ def convert(path: Path) -> None:
 
 
 def measured(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
-    """ms that load(path) takes and MiB that memory grows at most, in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, load, path).result()
-
-
-def _measure(load: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    """ms that load(path) takes and MiB that memory grows at most."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before, began = memory("VmRSS"), time.perf_counter()
     load(path)
@@ -290,7 +283,7 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
         path = Path(folder, "aligned_50.pkl")
         write_pickle(path, cfg.pickle_rows)
         size = path.stat().st_size / 2**20
-        once = measured(convert, path)
+        once = apart(measured, convert, path)
         ways = {
             "pickle.load": (load_pickle, path),
             "data.unpickle.load": (unpickle.load, path),
@@ -300,7 +293,7 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(max(1, cfg.repeats // RARE)):
             for name, (load, place) in ways.items():
-                found[name].append(measured(load, place))
+                found[name].append(apart(measured, load, place))
     rows = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
              ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
     for name, values in found.items():

@@ -1,15 +1,26 @@
-"""What the scripts of this folder share: the memory of a process, spreads over rounds, how a report begins and ends."""
+"""What the scripts of this folder share: a process of its own, its memory, spreads, how a report begins and ends."""
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def apart(function: Callable[..., T], *args: object) -> T:
+    """function(*args) in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def memory(name: str) -> float:

@@ -1,28 +1,31 @@
 """The decoding benchmark: both variants on the tiny model, and what it refuses."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from bench import llm_decode as bench
+from bench import report
+from common import config
 from common.config import UserError
+from tests.bench.test_llm_train import Here
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-ROOT = Path(bench.__file__).parents[1]
 
 
-def test_every_table_is_measured(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "llm_decode.py"), "--tiny", "--no-write", "--device", "cpu"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    parts = [part.strip().splitlines() for part in done.stdout.split("\n\n") if part.startswith("| ")]
+def test_every_table_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "Apart", Here)
+    monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)  # a second, for every turn
+    # this process may keep what other tests freed
+    monkeypatch.setattr(bench, "memory", {"VmRSS": 100.0, "VmHWM": 150.0}.__getitem__)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text("# Before\n")
+    bench.main(config.load(bench.Config, ["--tiny", "--device", "cpu", "--threads", "1"]))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Before\n\n## bench/llm_decode.py, ")
+    assert text.removeprefix("# Before\n\n") in capsys.readouterr().out
+    parts = [part.strip().splitlines() for part in text.split("\n\n") if part.startswith("| ")]
     found = {part[0].split("|")[1].strip(): [line.split("|")[1:-1] for line in part[2:]] for part in parts}
     cases = ["alone: 1 of 12 to 12, 6 new", "ragged: 4 of 4 to 12, 6 new"]
     assert list(found) == [*cases, "9 labels, 9 prompts", "--size 7b, needs a GPU"]
@@ -30,8 +33,8 @@ def test_every_table_is_measured(tmp_path):
         assert [row[0].strip() for row in found[case]] == ["ours", "transformers", "ours / theirs"]
         assert all(float(cell.split()[0]) > 0 for row in found[case] for cell in row[1:-1])
     assert len(found["9 labels, 9 prompts"]) == 1 + len(bench.GENERATED)
-    assert done.stdout.count("the same tokens: 100.0%") == 2
-    assert "probabilities of 4 prompts within " in done.stdout
+    assert text.count("the same tokens: 100.0%") == 2
+    assert "probabilities of 4 prompts within " in text
 
 
 def test_adapters_are_merged_alike(tmp_path):

@@ -1,6 +1,9 @@
 """The training benchmark: both variants on the tiny model, and what it refuses."""
 
 import math
+import os
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -44,6 +47,7 @@ def tables(text):
 def here(monkeypatch):
     monkeypatch.setattr(bench, "Apart", Here)
     monkeypatch.setattr(bench.dist, "keep_memory", lambda: None)
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, half: 1e12)  # seconds, for every turn
     # this process may keep what other tests freed
     monkeypatch.setattr(bench, "memory", {"VmRSS": 100.0, "VmHWM": 150.0}.__getitem__)
 
@@ -75,6 +79,18 @@ def test_every_case_is_measured_and_both_train_alike(monkeypatch, tmp_path, caps
         assert len(rows["ours / theirs"]) == len(bench.COLUMNS)
     assert text.count("losses of 4 steps within ") == 3
     assert set(map(tuple, found["--size 7b, needs a GPU"].values())) == {("not measured",)}
+
+
+def test_an_object_in_another_process():
+    counter = bench.Apart(Counter, "banana")
+    try:
+        assert counter("most_common", 1) == [("a", 3)]
+        assert counter("update", "nnn") is None
+        assert counter("most_common", 1) == [("n", 5)]  # it is still the same one
+        assert 0 < counter.began <= time.time()
+        assert counter.pool.submit(os.getpid).result() != os.getpid()
+    finally:
+        counter.close()
 
 
 @pytest.mark.usefixtures("here")
@@ -152,5 +168,5 @@ def test_a_profile_adds_up(tmp_path):
 )
 def test_what_cannot_be_measured(flags, message):
     with pytest.raises(UserError) as error:
-        bench.main(config.load(bench.Config, [*flags, "--device", "cpu"]))
+        bench.main(config.load(bench.Config, [*flags, "--device", "cpu", "--threads", "1"]))
     assert str(error.value) == message

@@ -44,6 +44,11 @@ def test_a_report_is_printed_and_appended(tmp_path, monkeypatch, capsys):
     assert "again" not in results.read_text(encoding="utf-8")
 
 
+def test_apart_is_another_process():
+    assert report.apart(int, "7") == 7
+    assert report.apart(os.getpid) != os.getpid()
+
+
 def test_memory_is_that_of_the_process():
     before = report.memory("VmRSS")
     with mmap.mmap(-1, 2**27) as held:  # nothing that a heap may have already

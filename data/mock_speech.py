@@ -62,8 +62,8 @@ def _lines(rng: np.random.Generator) -> list[Clip]:
     """Acted lines; two of three scripts of train are said twice, those of valid and test once."""
     clips: list[Clip] = []
     for split, count in SIZES["lines"].items():
-        script = 0
-        while sum(clip.split == split for clip in clips) < count:
+        script, before = 0, len(clips)
+        while len(clips) - before < count:
             script += 1
             label = EMOTIONS[script % len(EMOTIONS)]
             voices = 2 if split == "train" and script // len(EMOTIONS) % 3 else 1

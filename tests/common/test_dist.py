@@ -2,20 +2,16 @@ import os
 import platform
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as td
 
+from bench.report import memory
 from common import dist
 from common.config import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_plain_run_is_one_process_on_the_cpu(monkeypatch):
@@ -70,23 +66,21 @@ def draw():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is for glibc")
-def test_freed_memory_stays_with_the_process():
-    code = """
-import torch
-from common import dist
-def left():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) // 1024
-for keep in (False, True):
-    if keep:
-        dist.keep_memory()
-    before = left()
-    torch.ones(2**24)  # 64 MiB
-    print(left() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    given_back, kept = map(int, done.stdout.split())
+def test_freed_memory_stays_with_the_process(ranks):
+    [(given_back, kept)] = ranks(1, freed)
     assert given_back < 32 < kept
+
+
+def freed():
+    """MiB that a process has more after it has freed some, before and after keep_memory()."""
+    found = []
+    for keep in (False, True):
+        if keep:
+            dist.keep_memory()
+        before = memory("VmRSS")
+        torch.ones(2**24)  # 64 MiB
+        found.append(memory("VmRSS") - before)
+    return found
 
 
 def test_tf32_is_for_gpus_alone():

@@ -1,7 +1,5 @@
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -243,11 +241,9 @@ def test_intervals_that_touch_do_not_meet():
     assert [len(pairs) for pairs in csd.meeting(none, none, others, until)] == [0, 0]
 
 
-def test_without_h5py_the_message_says_what_to_install(tmp_path):
+def test_without_h5py_the_message_says_what_to_install(tmp_path, monkeypatch):
     corpus(tmp_path)
-    code = (
-        "import sys; sys.modules['h5py'] = None\nfrom common.config import UserError\nfrom data import layouts\n"
-        f"try:\n    layouts.read({str(tmp_path)!r})\nexcept UserError as error:\n    print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.stdout == "reading .csd needs h5py: pip install -r requirements-extra.txt\n", done.stderr
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError) as error:
+        layouts.read(tmp_path)
+    assert str(error.value) == "reading .csd needs h5py: pip install -r requirements-extra.txt"

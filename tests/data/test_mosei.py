@@ -2,7 +2,9 @@ import json
 import os
 import pickle
 import resource
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -650,18 +652,17 @@ def test_the_report_of_a_converted_folder_and_of_classes(tmp_path):
     assert next(line for line in lines if line.startswith("video ")).split()[-3:] == ["2", "16.7%", "25.0%"]
 
 
-def test_the_command_prints_the_report(tmp_path):
-    import subprocess
-    import sys
-
+@pytest.mark.filterwarnings("ignore:.data.mosei. found in sys.modules")
+def test_the_command_prints_the_report(tmp_path, monkeypatch, capsys):
     path = index(tmp_path, index_rows())
-    command = [sys.executable, "-m", "data.mosei", "--data-dir"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(path)], cwd=root, capture_output=True, text=True)
-    assert done.stdout.splitlines() == report(path)
-    done = subprocess.run([*command, str(tmp_path / "no")], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("mosei.py: error: no index file or data for the train split in ")
+    monkeypatch.setattr(sys, "argv", ["mosei.py", "--data-dir", str(path)])
+    runpy.run_module("data.mosei", run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == report(path)
+    monkeypatch.setattr(sys, "argv", ["mosei.py", "--data-dir", str(tmp_path / "no")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("data.mosei", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("mosei.py: error: no index file or data for the train split in ")
 
 
 DATA = os.environ.get("EMOTORCH_DATA")

@@ -140,6 +140,10 @@ def confusion_image(matrix: Sequence[Sequence[int]], labels: Sequence[str], titl
 
 def curves_png(history: Sequence[dict[str, float]], path: str | Path, names: Sequence[str]) -> None:
     """Scores of training and validation by epoch, from records with keys such as Train/Loss and Val/Loss."""
+    _curves(history, names).savefig(path, dpi=150)
+
+
+def _curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.5 * len(names), 3.2), layout="constrained")
@@ -155,7 +159,7 @@ def curves_png(history: Sequence[dict[str, float]], path: str | Path, names: Seq
         axes.grid(color="#d5dde5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], title: str) -> "Figure":

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import io
 import json
 import os
@@ -13,19 +14,21 @@ import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from common import dist
+from common import dist, log
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start: two of them share two cores
 # renews torch's pool of threads in the child, before autograd's own, which sharded tensors start, can race for it
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 FORK = get_context("fork")
+PICTURES = {"_confusion": log._confusion, "_curves": log._curves}
 
 
 def pytest_collection_modifyitems(items):
@@ -54,6 +57,14 @@ def run_ranks(n, fn, *args, timeout=60.0):
     The first rank that fails fails the test with its traceback, one that hangs says where on stderr; nothing outlives
     the call.
     """
+    # what DDP, sharding and logs load where they need it: seconds that no forked rank spends, once they are here
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard  # noqa: F401
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,6 +116,44 @@ def end(process):
 @pytest.fixture(name="ranks")
 def ranks_fixture():
     return run_ranks
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A script sets its own number of threads; two in each of two workers wait for each other most of the time."""
+    yield
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def blank():
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(1, 1))
+
+
+def blank_confusion(matrix, labels, title):
+    assert np.shape(matrix) == (len(labels), len(labels))
+    return blank()
+
+
+def blank_curves(history, names):
+    assert all(point["epoch"] for point in history)
+    return blank()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_pictures():
+    """Runs save empty pages: half of the time of a small one goes to drawing."""
+    with mock.patch.multiple(log, _confusion=blank_confusion, _curves=blank_curves):
+        yield
+
+
+@contextlib.contextmanager
+def drawn():
+    """Pictures as a user gets them."""
+    with mock.patch.multiple(log, **PICTURES):
+        yield
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ import train_slm
 from common import checkpoint, config
 from common.config import UserError
 from data.manifest import read_manifest, write_manifest
-from evals import speech as reports
 from evals.openset import Synonyms
 from tests.training import changed_lines, make_lines, make_meld
 from tests.training import error as refused_line
@@ -299,12 +297,6 @@ LINES, MELD = ("clap", "slm"), ("meld", "finetuned", "scratch", "mode_b")
 KIND = {name: "meld" if name in MELD else name for name in (*LINES, *MELD)}
 
 
-@pytest.fixture
-def _no_picture(monkeypatch):
-    """Most of the time of a small evaluation."""
-    monkeypatch.setattr(reports, "confusion_png", lambda *_: None)
-
-
 def two_voices(root, name, *sizes):
     """Lines whose speakers all have several in every split."""
     lines = make_lines(root / f"{name}_drawn", *sizes)
@@ -329,8 +321,7 @@ def speech(tmp_path_factory):
         "mode_b": (meld_train, [*stage3, "--mode", "B"]),
     }  # fmt: skip
     for name, (module, argv) in commands.items():
-        with mock.patch.object(reports, "confusion_png"), mock.patch.object(module, "curves_png"):
-            assert train(module, [*argv, "--out", root / name]) == 0
+        assert train(module, [*argv, "--out", root / name]) == 0
     return root
 
 
@@ -370,7 +361,6 @@ def test_a_checkpoint_alone_gives_the_numbers_of_training(speech, tmp_path, monk
     assert all(list(record["probabilities"]) == labels for record in records)
 
 
-@pytest.mark.usefixtures("_no_picture")
 @pytest.mark.parametrize("name", ["clap", "slm", "meld", "scratch"])
 def test_the_data_at_another_place(speech, tmp_path, name):
     """The same and others; stores that the checkpoint does not read do not matter."""
@@ -386,7 +376,6 @@ def test_the_data_at_another_place(speech, tmp_path, name):
     assert found["pairs" if KIND[name] == "clap" else "clips"] == 12
 
 
-@pytest.mark.usefixtures("_no_picture")
 def test_another_list_of_the_same_lines(speech, tmp_path):
     clips = read_manifest(speech / "lines" / "manifest.csv")
     write_manifest(tmp_path / "half.csv", [clip for clip in clips if clip.split != "test" or clip.id < "test_0013"])
@@ -419,7 +408,6 @@ def test_features_that_the_checkpoint_was_not_trained_on(speech, tmp_path, name)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("_no_picture")
 def test_lines_without_a_test_split_have_some_held_out_of_train(speech, tmp_path, capsys):
     lines = changed_lines(speech / "lines", tmp_path / "lines", split=lambda clip: clip.split.replace("test", "valid"))
     run("--ckpt", speech / "clap", "--data-root", lines, "--device", "cpu", "--out", tmp_path / "out")
@@ -428,7 +416,6 @@ def test_lines_without_a_test_split_have_some_held_out_of_train(speech, tmp_path
     assert f"test: {found['pairs']} clips of train held out by group (seed 0)\n" in said
 
 
-@pytest.mark.usefixtures("_no_picture")
 def test_words_alone_are_read_as_in_training(tmp_path, monkeypatch, capsys):
     """What was made of them is kept, and made again where it is not at hand."""
     monkeypatch.chdir(tmp_path)

@@ -1,11 +1,10 @@
 """extract.py from raw media to a store: what is skipped, what is an error, and that an interruption costs nothing."""
 
+import contextlib
 import csv
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 import extract
 from common import config
 from common.config import UserError
+from data import extraction
 from data.features import FeatureStore, open_features
 from data.media import load_audio
 from model import encoders
-
-ROOT = Path(extract.__file__).parent
+from tests.conftest import FORK
+from tests.training import talking
 
 
 @pytest.fixture(autouse=True)
@@ -207,14 +207,12 @@ def test_mistakes_are_named(tmp_path):
             run(*argv, "--out", tmp_path / "store")
 
 
-# each clip becomes a shard of its own, so that there is something to find after a kill
-SLOW = """
-import time, extract, data.extraction as e
-from common import config
-e.CHUNK, decode = 1, e.decode_clip
-e.decode_clip = lambda *args: (time.sleep(0.1), decode(*args))[1]
-config.run(extract.Config, extract.main)
-"""
+def slowly(output, *argv):
+    """A run that makes each clip a shard of its own, so that there is something to find after a kill."""
+    decode = extraction.decode_clip
+    extraction.CHUNK, extraction.decode_clip = 1, lambda *args: (time.sleep(0.1), decode(*args))[1]
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
+        run(*argv)
 
 
 def test_killed_or_stopped_runs_continue(tmp_path):
@@ -222,14 +220,16 @@ def test_killed_or_stopped_runs_continue(tmp_path):
     run("--manifest", clips, "--out", whole)
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
         shards = len(list(out.glob("*.safetensors")))
-        argv = [sys.executable, "-c", SLOW, "--manifest", clips, "--out", out, "--num-workers", "1", "--resume"]
-        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        argv = [tmp_path / "said", "--manifest", clips, "--out", out, "--num-workers", 1, "--resume"]
+        process = FORK.Process(target=slowly, args=argv)
+        process.start()
         while len(list(out.glob("*.safetensors"))) < shards + 3:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.02)
-        process.send_signal(number)
-        printed, _ = process.communicate(timeout=20)
-        assert process.returncode == code
+        os.kill(process.pid, number)
+        process.join(20)
+        assert process.exitcode == code
+        printed = (tmp_path / "said").read_text()
         assert printed == ("" if code else f"stopped; the same command with --resume continues {out}\n")
         assert not (out / "index.json").exists()
     run("--manifest", clips, "--out", out, "--resume")
@@ -238,16 +238,13 @@ def test_killed_or_stopped_runs_continue(tmp_path):
     assert all(torch.equal(store[id], reference[id]) for id in store.ids)
 
 
-def test_ranks_share_the_work(tmp_path):
+def test_ranks_share_the_work(ranks, tmp_path):
     clips, out = tones(tmp_path, 7), tmp_path / "store"
     manifest(tmp_path, [*((f"tone{i}", f"tone{i}.wav", "") for i in range(7)), ("lost", "lost.wav", "")])
     run("--manifest", clips, "--out", tmp_path / "one", "--max-bad", 0.2)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "extract.py"]
-    argv += ["--manifest", clips, "--out", out, "--max-bad", "0.2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("7 clips, width 504") == 1
+    (_, said), (_, other) = ranks(2, talking, run, "--manifest", clips, "--out", out, "--max-bad", 0.2)
+    assert said.count("7 clips, width 504") == 1
+    assert other == ""
     assert sorted(path.name for path in out.glob("*.safetensors")) == [
         "shard-00000.safetensors", "shard-00001.safetensors",
     ]  # fmt: skip

@@ -1,12 +1,10 @@
 """extract.py with encoders that have weights: killed, shared by ranks, over damaged files, on boxes of frames."""
 
+import contextlib
 import csv
-import os
+import io
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -17,11 +15,13 @@ import torch
 import extract
 from common import config
 from common.config import UserError
+from data import extraction
 from data.features import FeatureStore, NpyFolder
 from data.media import load_audio, load_frames
 from model import encoders
+from tests.conftest import FORK
+from tests.training import talking
 
-ROOT = Path(extract.__file__).parent
 HUBERT = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "conv_dim": [24] * 7,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
@@ -84,19 +84,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-# small shards and slow decoding, so that there is something to find after a kill
-SLOW = """
-import time, extract, data.extraction as e
-from common import config
-e.CHUNK, decode = 20, e.decode_clip
-e.decode_clip = lambda *args: (time.sleep(0.02), decode(*args))[1]
-config.run(extract.Config, extract.main)
-"""
+def slowly(*argv):
+    """A run with slow decoding, so that there is something to find after a kill."""
+    decode = extraction.decode_clip
+    extraction.decode_clip = lambda *args: (time.sleep(0.02), decode(*args))[1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(*argv)
 
 
 def test_killed_at_random_and_resumed_the_store_is_the_same_to_the_byte(tmp_path, weights, voices, monkeypatch, capsys):
     argv = ["--encoder", "hubert", "--weights", weights / "hubert", "--pooling", "frames", "--manifest", voices]
-    monkeypatch.setattr("data.extraction.CHUNK", 20)
+    monkeypatch.setattr(extraction, "CHUNK", 20)  # small shards
     with pytest.raises(UserError, match=r"^5 of 200 clips are bad, more than --max-bad 0 \(listed in "):
         run(*argv, "--out", tmp_path / "strict", "--max-bad", 0)
     assert capsys.readouterr().out.startswith("hubert: 49/49 tensors, 1 not used\n")
@@ -106,14 +104,15 @@ def test_killed_at_random_and_resumed_the_store_is_the_same_to_the_byte(tmp_path
     out, moments = tmp_path / "store", np.random.default_rng(time.time_ns()).uniform(0, 0.2, 2)
     for moment in moments:
         made = len(list(out.glob("*.safetensors")))
-        command = [sys.executable, "-c", SLOW, *argv, "--out", out, "--resume", "--max-bad", "0.05", "--device", "cpu"]
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = FORK.Process(target=slowly, args=[*argv, "--out", out, "--resume", "--max-bad", 0.05])
+        process.start()
         while len(list(out.glob("*.safetensors"))) < made + 1:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
         time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(20) == -signal.SIGKILL, moments
+        process.kill()
+        process.join(20)
+        assert process.exitcode == -signal.SIGKILL, moments
         assert not (out / "index.json").exists(), moments
     run(*argv, "--out", out, "--resume", "--max-bad", 0.05)
     assert contents(out) == contents(tmp_path / "whole"), moments
@@ -127,16 +126,12 @@ def test_killed_at_random_and_resumed_the_store_is_the_same_to_the_byte(tmp_path
         torch.testing.assert_close(store[id], alone, atol=1e-5, rtol=0)
 
 
-def test_two_processes_make_half_of_the_shards_each(tmp_path, weights, voices):
+def test_two_processes_make_half_of_the_shards_each(ranks, tmp_path, weights, voices):
     argv = ["--encoder", "hubert", "--weights", weights / "hubert", "--manifest", voices, "--max-bad", "0.05"]
     run(*argv, "--out", tmp_path / "one", "--npy", tmp_path / "HL-UTT")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "extract.py"]
-    done = subprocess.run(
-        list(map(str, [*command, *argv, "--out", tmp_path / "two", "--device", "cpu"])), cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("195 clips, width 48, ") == 1
+    (_, said), (_, other) = ranks(2, talking, run, *argv, "--out", tmp_path / "two")
+    assert said.count("195 clips, width 48, ") == 1
+    assert other == ""
     one, two = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "two")
     assert len(list((tmp_path / "two").glob("shard-*"))) == 2
     assert one.ids == two.ids

@@ -1,6 +1,8 @@
 """The tree's rules that no other tool checks: which way imports point, and what is imported only where it is used."""
 
 import ast
+import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,11 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
+def parsed(source):
+    return ast.parse(source)
+
+
 def imports(tree):
     """(line, full module name) of each import in a syntax tree, at any depth; "." for a relative one."""
     for node in ast.walk(tree):
@@ -51,22 +58,23 @@ def at_start(tree):
 
 def wrong_way(source, part):
     """Imports of `source`, a file of `part`, that point the wrong way."""
-    found = [(line, module.split(".")[0] or ".") for line, module in imports(ast.parse(source))]
+    found = [(line, module.split(".")[0] or ".") for line, module in imports(parsed(source))]
     return [f"line {line}: {top}" for line, top in found if top == "." or top in LOCAL - ALLOWED[part]]
 
 
 def late(source):
     """Imports of SLOW packages that importing `source` would run."""
-    found = [each for node in at_start(ast.parse(source)) for each in imports(node)]
+    found = [each for node in at_start(parsed(source)) for each in imports(node)]
     return [f"line {line}: {module}" for line, module in found if within(module, SLOW)]
 
 
 def edits_path(source):
     """Lines of `source` that mention sys.path."""
-    tree = ast.parse(source)
-    used = [
-        node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
-    ]
+    if not re.search(r"\bsys\s*\.\s*path\b|\bfrom\s+sys\s+import\b", source):  # most sources need no parsing
+        return []
+    tree = parsed(source)
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "path"]
+    used = [node.lineno for node in attributes if ast.unparse(node) == "sys.path"]
     return used + [line for line, module in imports(tree) if module == "sys.path"]
 
 
@@ -116,7 +124,7 @@ def test_slow_packages_are_imported_where_used():
 def test_references_of_the_tests_stay_out_of_the_product():
     product = [path for path in CODE if path.relative_to(ROOT).parts[0] != "bench"]
     found = {
-        name(path): [m for _, m in imports(ast.parse(path.read_text())) if within(m, REFERENCES)] for path in product
+        name(path): [m for _, m in imports(parsed(path.read_text())) if within(m, REFERENCES)] for path in product
     }
     assert not any(found.values()), found
 

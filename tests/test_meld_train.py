@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from data.meld import LABELS, load_meld
 from evals import speech
 from model import meld
 from model.dialogue import Turns
-from tests.conftest import run_ranks
+from tests.conftest import drawn, run_ranks
 from tests.model.test_slm import published_file
 from tests.model.test_slm import tensors as published
 from tests.training import error, killed_saving, make_lines, make_meld, run, stopped_inside, weights
@@ -32,12 +31,6 @@ from tests.training import error, killed_saving, make_lines, make_meld, run, sto
 SMALL = ["--device", "cpu", "--batch-size", 16, "--lr", 3e-3, "--hidden-dim", 16, "--save-every", 1, "--no-test"]
 STILL = ["--model.dropout", 0]
 DIM, WIDTH, HIDDEN, CLASSES = 32, 16, 16, 12  # of the features, and of the classifier
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of the time of a small run; the finished one has it."""
-    monkeypatch.setattr(meld_train, "curves_png", lambda *_: None)
 
 
 @pytest.fixture
@@ -86,8 +79,7 @@ def unbroken(small, tmp_path_factory):
     out = {n: tmp_path_factory.mktemp(f"unbroken{n}") / "out" for n in (1, 2)}
     for n, folder in out.items():
         argv = [*small, "--seeds", 2, "--context", 2, "--epochs", 5, "--out", folder]
-        with mock.patch.object(meld_train, "curves_png"):
-            assert run_ranks(n, train, argv) == [0] * n
+        assert run_ranks(n, train, argv) == [0] * n
     return out
 
 
@@ -96,7 +88,7 @@ def finished(small, tmp_path_factory):
     """A run with all that it writes, and what it said."""
     out = tmp_path_factory.mktemp("finished") / "out"
     argv = [arg for arg in small if arg != "--no-test"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with drawn(), contextlib.redirect_stdout(io.StringIO()) as said:
         assert train([*argv, "--epochs", 3, "--seeds", 2, "--out", out]) == 0
     return out, said.getvalue()
 

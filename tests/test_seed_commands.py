@@ -24,7 +24,6 @@ from common import config, optim
 from common.options import options
 from data import mock_speech
 from data.features import StoreWriter
-from evals import speech
 from model.lora import LoRALinear
 from tests.training import error, make_lines, run
 from tools import export
@@ -631,9 +630,6 @@ def test_commands_of_the_speech_guide(script, command, expected):
 def test_the_speech_guide_from_stage_2_to_4(tmp_path, monkeypatch, capsys):
     """Its commands in its order and places, on 147 lines of 12 emotions and a MELD of 100 utterances."""
     monkeypatch.chdir(tmp_path)
-    for script in (train_clap, train_slm, meld_train):  # half of the time
-        monkeypatch.setattr(script, "curves_png", lambda *_: None)
-    monkeypatch.setattr(speech, "confusion_png", lambda *_: None)
     make_lines(Path("datasets/LAION"))
     monkeypatch.setattr(mock_speech, "DIM", 32)
     monkeypatch.setitem(mock_speech.SIZES, "meld", {"train": 60, "valid": 20, "test": 20})

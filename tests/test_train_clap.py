@@ -1,7 +1,6 @@
 """train_clap.py as a user runs it: learning, stopped, killed and resumed, several seeds or processes, bad input."""
 
 import json
-from unittest import mock
 
 import pytest
 import torch
@@ -10,18 +9,12 @@ from safetensors.torch import load_file
 import train_clap
 from common import checkpoint, config
 from data import mock_speech
-from tests.conftest import run_ranks
+from tests.conftest import drawn, run_ranks
 from tests.training import changed_lines, error, killed_saving, make_lines, run, stopped_inside, weights
 
 # four steps an epoch, of which the last clips are left out; dropout is on
 SMALL = ["--device", "cpu", "--batch-size", 20, "--lr", 1e-2, "--schedule", "constant", "--warmup-steps", 3,
          "--proj-dim", 16, "--no-test"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of the time of a small run; the finished one has it."""
-    monkeypatch.setattr(train_clap, "curves_png", lambda *_: None)
 
 
 def train(argv):
@@ -49,8 +42,7 @@ def unbroken(small, tmp_path_factory):
     out = {n: tmp_path_factory.mktemp(f"unbroken{n}") / "out" for n in (1, 2)}
     for n, folder in out.items():
         argv = [*small, "--seeds", 2, "--epochs", 6, "--out", folder]
-        with mock.patch.object(train_clap, "curves_png"):
-            assert run_ranks(n, train, argv) == [0] * n
+        assert run_ranks(n, train, argv) == [0] * n
     return out
 
 
@@ -59,7 +51,8 @@ def finished(lines, tmp_path_factory):
     """A run with all that it writes."""
     out = tmp_path_factory.mktemp("finished") / "out"
     argv = [arg for arg in SMALL if arg != "--no-test"]
-    assert train(["--data-root", lines, *argv, "--epochs", 3, "--seeds", 2, "--out", out]) == 0
+    with drawn():
+        assert train(["--data-root", lines, *argv, "--epochs", 3, "--seeds", 2, "--out", out]) == 0
     return out
 
 

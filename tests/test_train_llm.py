@@ -1,7 +1,6 @@
 """train_llm.py as a user runs it: killed, stopped and resumed, on several processes, and given what it cannot use."""
 
 import errno
-import io
 import json
 import os
 import random
@@ -10,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # DDP loads it: a second that no forked rank spends, once it is here
-import torch.utils.tensorboard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -28,6 +25,7 @@ from data.loader import Order, window
 from evals import emotion
 from model import mllm as multimodal
 from tests.conftest import FORK, end
+from tests.training import talking
 
 ROOT = Path(train_llm.__file__).parent
 # two epochs of 20 optimiser steps; each epoch is 3 1/3 passes over the 24 clips
@@ -90,7 +88,7 @@ def unbroken(merr, tmp_path_factory):
     return model_bytes(out)
 
 
-def torchrun(argv, output, whole):
+def torchrun(argv, output, whole=False):
     """torchrun with two processes of train_llm.py, forked from this one, which saves it the import of torch.
 
     Unless `whole`, its agent forks the ranks as well instead of starting Python anew.
@@ -177,13 +175,6 @@ def test_a_killed_run_resumes_to_the_weights_of_one_never_killed(merr, ranks, tm
     assert f"resumed from {out}/checkpoints/step_{saved:06d}: 4/4 LoRA tensors, 6/6 projection tensors" in outputs[0][1]
     assert outputs[1][1] == ""  # rank 0 alone prints
     assert model_bytes(out) == unbroken
-
-
-def talking(function, *args):
-    """(what function(*args) returns, what it printed)"""
-    with redirect_stdout(io.StringIO()) as said:
-        result = function(*args)
-    return result, said.getvalue()
 
 
 # ---- killed inside a save, by one process
@@ -277,7 +268,7 @@ def test_sigterm_to_some_ranks_stops_all_after_the_same_step(merr, ranks, tmp_pa
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_before_it_ends(merr, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
-    agent = torchrun([*merr.argv, *LONG, "--out", out], output, whole=True)
+    agent = torchrun([*merr.argv, *LONG, "--out", out], output)
     try:
         wait_until(lambda: logged_steps(out) >= 2, 60, output.read_text)
         os.kill(agent.pid, signal.SIGTERM)

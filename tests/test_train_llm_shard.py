@@ -11,10 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo  # what ranks import, once, before they are forked
 import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.utils.tensorboard
 from safetensors.torch import load_file, save_file
 
 import eval as score
@@ -22,7 +19,8 @@ import train_llm
 from common import checkpoint, config, dist, optim, shard
 from model.toy import make_toy_llm
 from tests.conftest import FORK, end, run_ranks
-from tests.test_train_llm import killed_at, stopped_by_a_mistake, talking, train, wait_until
+from tests.test_train_llm import killed_at, stopped_by_a_mistake, train, wait_until
+from tests.training import talking
 from tools import export
 
 pytestmark = pytest.mark.usefixtures("signals", "ranks")

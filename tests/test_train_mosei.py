@@ -23,7 +23,8 @@ from common.flat import set_lrs
 from data.manifest import Clip, write_manifest
 from data.mock_mosei import make_mock
 from data.mosei import open_corpus
-from tests.conftest import FORK
+from evals import sentiment
+from tests.conftest import FORK, drawn
 from tests.training import error, stopped_inside, weights
 from tests.training import run as run_script
 
@@ -35,6 +36,14 @@ SMALL = ["--epochs", EPOCHS, "--batch-size", 8, "--fusion-dim", 16, "--lr", 1e-3
 
 def train(argv):
     return run_script(train_mosei, argv)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    """Intervals of a thousand draws take as long as a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentiment, "DRAWS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,8 @@ def run(mock, tmp_path_factory):
     """A finished run with its test report."""
     out = tmp_path_factory.mktemp("run") / "out"
     argv = [arg for arg in SMALL if arg != "--no-test"]
-    assert train(["--data-dir", mock, *argv, "--out", out, "--histograms"]) == 0
+    with drawn():
+        assert train(["--data-dir", mock, *argv, "--out", out, "--histograms"]) == 0
     return out
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import train_clap
 import train_slm
 from common import checkpoint, config
 from data import mock_speech
-from tests.conftest import run_ranks
+from tests.conftest import drawn, run_ranks
 from tests.training import changed_lines, error, killed_saving, make_lines, run, stopped_inside, weights
 
 LABELS = "anger, awe, disgust, envy, fear, hope, joy, neutral, pride, relief, sadness, surprise"
@@ -22,12 +21,6 @@ LABELS = "anger, awe, disgust, envy, fear, hope, joy, neutral, pride, relief, sa
 SMALL = ["--device", "cpu", "--batch-size", 20, "--lr", 3e-3, "--warmup-steps", 3, "--proj-dim", 16, "--hidden-dim", 16,
          "--save-every", 1, "--no-test"]  # fmt: skip
 STILL = ["--model.dropout", 0, "--model.clap.dropout", 0, "--modality-dropout", 0]
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of the time of a small run; the finished one has it."""
-    monkeypatch.setattr(train_slm, "curves_png", lambda *_: None)
 
 
 def train(argv):
@@ -55,8 +48,7 @@ def unbroken(small, tmp_path_factory):
     out = {n: tmp_path_factory.mktemp(f"unbroken{n}") / "out" for n in (1, 2)}
     for n, folder in out.items():
         argv = [*small, "--seeds", 2, "--epochs", 6, "--out", folder]
-        with mock.patch.object(train_slm, "curves_png"):
-            assert run_ranks(n, train, argv) == [0] * n
+        assert run_ranks(n, train, argv) == [0] * n
     return out
 
 
@@ -65,7 +57,7 @@ def finished(lines, tmp_path_factory):
     """A run with all that it writes, and what it said."""
     out = tmp_path_factory.mktemp("finished") / "out"
     argv = [arg for arg in SMALL if arg != "--no-test"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with drawn(), contextlib.redirect_stdout(io.StringIO()) as said:
         assert train(["--data-root", lines, *argv, "--epochs", 3, "--seeds", 2, "--out", out]) == 0
     return out, said.getvalue()
 

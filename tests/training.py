@@ -1,5 +1,7 @@
 """Training scripts run as a user runs them, stopped, killed; small synthetic speech for them to train on."""
 
+import contextlib
+import io
 import itertools
 import os
 import shutil
@@ -8,9 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
-
-import torch._dynamo  # DDP loads it: a second that no forked rank spends, once it is here
-import torch.utils.tensorboard  # noqa: F401
 
 from common import checkpoint, config
 from common.optim import AdamW
@@ -41,6 +40,13 @@ def error(script, argv, capsys):
     assert len(lines) == 1, lines
     assert lines[0].startswith(start)
     return lines[0].removeprefix(start)
+
+
+def talking(function, *args):
+    """(what function(*args) returns, what it printed)"""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = function(*args)
+    return result, said.getvalue()
 
 
 def stopped_inside(script, argv, step):

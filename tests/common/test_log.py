@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.log import Logger, confusion_image, confusion_png
+from common.log import Logger, confusion_image, confusion_png, curves_png
+from tests.conftest import drawn
+
+
+@pytest.fixture(autouse=True)
+def _drawn():
+    with drawn():
+        yield
 
 
 def records(out: Path) -> list[dict[str, object]]:
@@ -126,9 +133,20 @@ def test_confusion_picture_shows_the_shares() -> None:
     assert pale > 2.5 * dark  # three cells against one, text inside
 
 
-@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("n", [1, 2, 24])
 def test_confusion_png(tmp_path: Path, n: int) -> None:
     confusion_png(np.eye(n, dtype=int).tolist(), [f"a_long_label_{i}" for i in range(n)], tmp_path / "c.png", "title")
     header = (tmp_path / "c.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert 200 < int.from_bytes(header[16:20]) < 5000
+
+
+def test_curves_png(tmp_path: Path) -> None:
+    history = [{"epoch": n, "Train/Loss": 1 / n, "Val/Loss": 2 / n, "Val/F1": 0.1 * n} for n in (1, 2, 3)]
+    sizes = []
+    for names in (["Loss"], ["Loss", "F1"]):
+        curves_png(history, tmp_path / "c.png", names)
+        header = (tmp_path / "c.png").read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        sizes.append((int.from_bytes(header[16:20]), int.from_bytes(header[20:24])))
+    assert sizes == [(525, 480), (1050, 480)]  # a panel each

@@ -7,8 +7,7 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint  # what ranks import, once, before they are forked
-import torch.distributed.fsdp
+import torch.distributed.checkpoint
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F

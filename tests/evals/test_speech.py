@@ -15,6 +15,7 @@ from data.resident import Ragged
 from evals import speech
 from model.clap import ClapConfig
 from model.slm import Slm, SlmConfig
+from tests.conftest import drawn
 
 LABELS = ["anger", "joy", "neutral", "sadness"]
 DIMS = {"audio": 5, "text": 7}
@@ -321,7 +322,8 @@ def test_report(tmp_path, seeds, modalities):
     worst = found["confused"][0]
     assert f"class: {worst['true']} for {worst['said']} {worst['share']:.0%}" in lines[-1]
 
-    speech.write(tmp_path / "eval", found, logits, test)
+    with drawn():
+        speech.write(tmp_path / "eval", found, logits, test)
     assert json.loads((tmp_path / "eval/metrics.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "eval/confusion.png").stat().st_size > 1000
     records = [json.loads(line) for line in (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]

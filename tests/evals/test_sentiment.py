@@ -317,7 +317,8 @@ def classes(right):
     return data, F.one_hot(answer, 2).float()[None]
 
 
-def test_intervals_are_the_binomials():
+def test_intervals_are_the_binomials(monkeypatch):
+    monkeypatch.setattr(sentiment, "DRAWS", 400)
     data, logits = classes([i % 4 != 0 for i in range(400)])
     found = sentiment.intervals(logits, data, "2", "half_even")
     low, high = found["accuracy"]
@@ -329,7 +330,8 @@ def test_intervals_are_the_binomials():
         assert bottom <= each[name] <= top
 
 
-def test_intervals_draw_whole_videos():
+def test_intervals_draw_whole_videos(monkeypatch):
+    monkeypatch.setattr(sentiment, "DRAWS", 400)
     data, logits = classes([i // 10 % 4 != 0 for i in range(400)])  # right or wrong by tens
     data.members = torch.arange(400).view(40, 10)
     low, high = sentiment.intervals(logits, data, "2", "half_even")["accuracy"]
@@ -348,7 +350,7 @@ def test_intervals_draw_seeds(monkeypatch):
 
 @pytest.mark.parametrize("head", ["7", "regression", "emotions"])
 def test_intervals_hold_the_score(monkeypatch, head):
-    monkeypatch.setattr(sentiment, "DRAWS", 200)
+    monkeypatch.setattr(sentiment, "DRAWS", 60)
     generator = torch.Generator().manual_seed(0)
     present = torch.rand(200, 6, generator=generator).round()
     data = utterances(sizes=(4,) * 50, emotions=present)

@@ -20,8 +20,8 @@ from common import metrics, probe
 from common.config import UserError
 from data.mesc import Turn, Utterance
 
-C = (0.3, 1.0, 3.0, 10.0)
-LEAST = 2  # training turns that have a term; rarer ones are most of all terms, and add nothing
+C = (1.0, 3.0, 10.0)  # inverse strengths of the penalty
+LEAST = 2  # training turns that a term is in; the rarer ones are most of all terms, and add nothing
 TOLERANCE = 1e-7  # of the gradient; probabilities are then right to 1e-5
 WORD = re.compile(r"\b\w\w+\b|[^\w\s]")
 
@@ -123,11 +123,9 @@ def product(rows: Sequence[Row], width: int) -> Callable[[Tensor], Tensor]:
     return lambda weight: Product.apply(weight.T.contiguous(), forth, back)
 
 
-def fit(rows: Sequence[Row], width: int, y: Tensor, classes: int, c: float) -> tuple[Tensor, Tensor]:
-    """Weight (classes, width) and bias as probe.fit() finds them, of rows that are mostly 0."""
-    start = torch.zeros(classes, width, dtype=torch.float64)
-    loss = partial(F.cross_entropy, target=y, reduction="sum")
-    return probe.solve(start, product(rows, width), len(rows), c, loss, TOLERANCE)
+def fit(x: Callable[[Tensor], Tensor], y: Tensor, start: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias as probe.fit() finds them, searched from weight `start` (classes, width) on; x is a product()."""
+    return probe.solve(start, x, len(y), c, partial(F.cross_entropy, target=y, reduction="sum"), TOLERANCE)
 
 
 @dataclass
@@ -148,10 +146,10 @@ def baseline(
     train: Sequence[Turn], valid: Sequence[Turn], test: Sequence[Turn], field: str, labels: Sequence[str],
     choices: Sequence[Sequence[str]] = CHOICES,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores on test of what predicts a field best on valid, and of the majority of train.
+    """Scores on test of the linear model of a field that is best on valid, and of the majority of train.
 
-    What is read, one of `choices` of PARTS, and the strength of C have the best weighted F1 on valid, the first of
-    equals; "tried" lists them all. Turns without the field are left out. UserError: nothing is left.
+    What it reads, one of `choices` of PARTS, and its C have the best weighted F1 on valid, or are the first of equals;
+    "tried" lists them all. Turns without the field are left out. UserError: none is left, or a label is unknown.
     """
     splits = {"train": train, "valid": valid, "test": test}
     known = {split: [turn for turn in turns if getattr(turn, field)] for split, turns in splits.items()}
@@ -167,9 +165,11 @@ def baseline(
     models: list[Model] = []
     for parts in choices:
         features = Features(parts, known["train"])
-        rows = features.rows(known["train"])
+        x = product(features.rows(known["train"]), features.width)
+        weight = torch.zeros(len(seen), features.width, dtype=torch.float64)
         for c in C:
-            model = Model(features, seen, *fit(rows, features.width, y, len(seen), c))
+            weight, bias = fit(x, y, weight, c)
+            model = Model(features, seen, weight, bias)
             scores = metrics.classification(truths["valid"], model.answers(known["valid"]), labels)
             tried.append({"parts": list(parts), "c": c, "weighted_f1": scores["weighted_f1"]})
             models.append(model)

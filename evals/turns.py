@@ -294,12 +294,12 @@ def statistics(data: TurnData) -> dict[str, tuple[Tensor, Tensor]]:
 def linear(turns: dict[str, list[Turn]], prompt: PromptConfig, compressed: bool) -> dict[str, Any]:
     """Field -> scores of a linear model of the words on test, which knows what a model with this prompt is told.
 
-    It is chosen on valid, without which there is none.
+    How strongly it is held back is chosen on valid, without which there is none.
     """
     heard = {part for part in tfidf.PARTS if part == "client" or "history" in prompt.modalities}
     if not (prompt.history_labels or compressed):
         heard -= {"client_emotion_before", "strategy_before"}
-    choices = [parts for parts in tfidf.CHOICES if heard >= set(parts)]
+    choices = [[part for part in tfidf.PARTS if part in heard]]
     splits = [turns[split] for split in ("train", "valid", "test")]
     found = {}
     for name in CLOSED if all(splits) and "text" in prompt.modalities else ():

@@ -58,7 +58,7 @@ MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed cho
 
 def prepare_fast(cfg: Any) -> Any:
     """Makes dialogues, clips, tokenizer, language model and compressor in the run folder; the config that uses them."""
-    out = Path(cfg.out or "out/multimood_fast")
+    out = Path(cfg.out or f"out/{Path(config.source(cfg) or 'multimood_fast').stem}")
     mock = out / "mock"
     cfg = config.preset(cfg, FAST | {
         "out": str(out), "model.llm": str(out / "base"), "model.towers.mamba_compressor": str(out / "mamba"),

@@ -32,7 +32,7 @@ from data.streams import clip_folder
 from data.support import parse_answer
 from data.turns import SupportConfig, is_turns
 from evals import emotion, speech, support
-from evals.emotion import DecodeConfig
+from evals.emotion import DecodeConfig, Follow
 from evals.turns import open_streams, turn_data
 from model import combine as ensemble
 from model import encoders, fusion, meld, mllm, published, slm
@@ -137,8 +137,13 @@ class Predictor:
         """The clip as the model's input, which has an id, and why each absent stream is absent."""
         raise NotImplementedError  # a prompt for a language model, frames for the others
 
-    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
-        """What the model says to samples made by sample(), through the same code as evaluation."""
+    def answer(
+        self, samples: list, question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None = None
+    ) -> list[dict]:
+        """What the model says to samples made by sample(), through the same code as evaluation.
+
+        `follow` sees generated text grow.
+        """
         raise NotImplementedError  # text and labels, or labels and a score
 
     def _values(
@@ -278,12 +283,18 @@ class LlmPredictor(LanguagePredictor):
         task, asked = ("emotion", None) if question is None else parse_tagged(question)
         return task, asked or pick_question(task, None, self.data.labels, self.data.question)
 
-    def answer(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+    def answer(
+        self,
+        samples: list[Sample],
+        question: str | None,
+        missing: dict[str, dict[str, str]],
+        follow: Follow | None = None,
+    ) -> list[dict]:
         """What the model says to samples made by sample(), through the same code as evaluation."""
         alone = self._standardize(samples) if self.together else set()
         results = {id: {"id": id, "error": f"{id}: {ALONE} (a manifest can name it)"} for id in alone}
         known = [sample for sample in samples if sample.id not in alone]
-        results |= {result["id"]: result for result in self._answers(known, question, missing)}
+        results |= {result["id"]: result for result in self._answers(known, question, missing, follow)}
         return [results[sample.id] for sample in samples]
 
     def _standardize(self, samples: list[Sample]) -> set[str]:
@@ -301,7 +312,9 @@ class LlmPredictor(LanguagePredictor):
                         sample.values[name] = relative(sample.values[name], *statistics)
         return alone
 
-    def _answers(self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+    def _answers(
+        self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None
+    ) -> list[dict]:
         if not samples:
             return []
         scored = question is None or samples[0].task == "emotion"
@@ -309,7 +322,7 @@ class LlmPredictor(LanguagePredictor):
         out = []
         # a speaker's clips may be more than --batch-size asks for
         size = 8 if self.together else len(samples)
-        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, size):
+        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, size, follow=follow):
             absent = missing[record["id"]]
             streams = [name for name in (*self.made, "text") if name not in absent]
             result = {"id": record["id"], "available_modalities": streams, "missing": absent}
@@ -367,11 +380,13 @@ class TurnPredictor(LanguagePredictor):
             raise MediaError(f"{turn.id}: nothing to go by (neither words nor a clip that can be read)")
         return sample, missing
 
-    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+    def answer(
+        self, samples: list, question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None = None
+    ) -> list[dict]:
         """The four fields for samples made by sample(), through the same code as evaluation."""
         results = []
         records = support.answer(
-            self.mllm, self.tokenizer, samples, self.support.prompt, self.decode, max(len(samples), 1)
+            self.mllm, self.tokenizer, samples, self.support.prompt, self.decode, max(len(samples), 1), follow=follow
         )  # fmt: skip
         for record in records:
             absent, said = missing[record["id"]], parse_answer(record["answer"])
@@ -423,7 +438,9 @@ class FusionPredictor(Predictor):
         return SimpleNamespace(id=clip.id, values=values), missing
 
     @torch.inference_mode()
-    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+    def answer(
+        self, samples: list, question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None = None
+    ) -> list[dict]:
         """Label, confidence, probabilities and score of each sample."""
         device = self.model.classifier.weight.device
         groups = [[sample] for sample in samples] if self.model.context is not None else [samples]
@@ -505,7 +522,9 @@ class SpeechPredictor(Predictor):
         clip = replace(clip, speaker=clip.speaker or clip.id)  # unknown speakers are all different
         return SimpleNamespace(id=clip.id, clip=clip, values=values), missing
 
-    def answer(self, samples: list, question: str | None, missing: dict[str, dict[str, str]]) -> list[dict]:
+    def answer(
+        self, samples: list, question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None = None
+    ) -> list[dict]:
         """Label, confidence and probabilities of each sample."""
         counts = Counter(sample.clip.speaker for sample in samples if self.own in sample.values)
         results = {}
@@ -687,15 +706,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
     predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm, cfg.combine, cfg.model)
     clips = predictor.inputs(cfg.input, cfg.text)
-    if cfg.prompt_layout:
-        if not isinstance(predictor, LlmPredictor):
-            raise UserError("--prompt-layout: this checkpoint reads no prompt")
-        predictor.data.prompt_layout = cfg.prompt_layout
-    print(f"{predictor.folder}: {predictor.coverage}")
-    for name in predictor.made:
-        encoder = predictor.encoder(name)  # if its weights are missing, that is said before the first clip
-        if encoder is not None and encoder.coverage:
-            print(f"{name}, {encoder.name}: {encoder.coverage}")
+    prepare(predictor, cfg.prompt_layout)
     if cfg.chat:
         return chat(predictor, clips, cfg)
     bad = 0
@@ -706,6 +717,19 @@ def main(cfg: Config) -> None:
             print(line(result), flush=True)
     if bad:
         print(f"{bad} of {len(clips)} clips could not be read")
+
+
+def prepare(predictor: Predictor, prompt_layout: str | None) -> None:
+    """Sets another prompt layout, and loads the encoders, so that missing weights are said before the first clip."""
+    if prompt_layout:
+        if not isinstance(predictor, LlmPredictor):
+            raise UserError("--prompt-layout: this checkpoint reads no prompt")
+        predictor.data.prompt_layout = prompt_layout
+    print(f"{predictor.folder}: {predictor.coverage}")
+    for name in predictor.made:
+        encoder = predictor.encoder(name)
+        if encoder is not None and encoder.coverage:
+            print(f"{name}, {encoder.name}: {encoder.coverage}")
 
 
 def chat(predictor: Predictor, clips: list[Clip], cfg: Config) -> None:

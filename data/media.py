@@ -20,6 +20,7 @@ import torch
 SAMPLE_RATE = 16000
 SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff"}  # what libsndfile reads
 SEEKABLE = {"mov", "matroska"}  # containers whose index leads exactly to a keyframe
+PLAYLISTS = {"concat", "dash", "hls", "imf", "sdp"}  # formats that name other files, which nobody asked to open
 PREROLL = 0.2  # seconds decoded ahead of a cut: lossy audio codecs overlap their blocks
 
 
@@ -129,6 +130,14 @@ def seconds(path: str | Path, start: float | None = None, end: float | None = No
     except MediaError:
         return None
     return whole and max((whole if end is None else min(end, whole)) - (start or 0), 0)
+
+
+def length(path: str | Path) -> float:
+    """Seconds to the end of a file's last packet, or to where its head says if that is later; decodes nothing."""
+    with _opened(present(path)) as container:
+        zero, said = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
+        timed = (packet for packet in container.demux() if packet.pts is not None)
+        return max(said, *(float((p.pts + (p.duration or 0)) * p.time_base) - zero for p in timed), 0.0)
 
 
 @functools.lru_cache(64)  # clips are mostly read tar by tar
@@ -273,6 +282,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         file = f"file:{path}" if source is path else source
         with av.open(file, options=options, metadata_errors="replace") as container:
+            if PLAYLISTS & set(container.format.name.split(",")):
+                raise MediaError(f"{path}: a playlist, not a clip")
             yield container
     except (FFmpegError, ValueError) as error:  # ValueError: a format that PyAV has no array for
         raise MediaError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -128,6 +128,7 @@ def make_mock(
     labels: tuple[str, ...] = EMOTIONS6,
     odd: int = 0,
     workers: int = 1,
+    codec: str = "mpeg4",
 ) -> None:
     """Write clips of about 1.2 s and size x size pixels with MERR's lists, captions and transcripts to `root`.
 
@@ -146,7 +147,7 @@ def make_mock(
     (root / "video").mkdir(parents=True, exist_ok=True)
     write_csv(root / "cues.csv", ("id", *MODALITIES), ((plan.id, *plan.cues) for plan in plans))
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda plan: _make_clip(root / "video" / f"{plan.id}.mp4", plan, seed, size), plans))
+        list(pool.map(lambda plan: _make_clip(root / "video" / f"{plan.id}.mp4", plan, seed, size, codec), plans))
     rows = ((plan.id, plan.text) for plan in plans if plan.fault != "text")
     write_csv(root / "transcription_en_all.csv", ("name", "sentence"), rows)
     for grain, entry in (("coarse", _coarse), ("fine", _fine)):
@@ -219,12 +220,12 @@ def _fine(plan: Plan) -> dict[str, Any]:
     return {"peak_index": str(plan.peak), "smp_reason_caption": f"{cues}, so the emotion is {plan.label}"}
 
 
-def _make_clip(path: Path, plan: Plan, seed: int, size: int) -> None:
+def _make_clip(path: Path, plan: Plan, seed: int, size: int, codec: str) -> None:
     face, tone, _ = _shown(plan)
     image, sound = generators(seed, plan.id)
     frames = draw_face(face.face, plan.frames, plan.peak, size, image)
     voice = speak(tone.tone, max(plan.frames, 15) / float(FPS), sound)
-    write_clip(path, frames, None if plan.fault == "audio" else voice)
+    write_clip(path, frames, None if plan.fault == "audio" else voice, codec)
 
 
 def generators(seed: int, id: str) -> list[np.random.Generator]:
@@ -232,8 +233,8 @@ def generators(seed: int, id: str) -> list[np.random.Generator]:
     return [np.random.default_rng([part, seed, *id.encode()]) for part in (0, 1)]
 
 
-def write_clip(path: Path, frames: np.ndarray, voice: np.ndarray | None) -> None:
-    """MPEG-4 video, and AAC sound where there is a voice.
+def write_clip(path: Path, frames: np.ndarray, voice: np.ndarray | None, codec: str = "mpeg4") -> None:
+    """Video, and AAC sound where there is a voice.
 
     At constant quality, as the search for a bit rate takes longer than all the rest.
     """
@@ -241,7 +242,7 @@ def write_clip(path: Path, frames: np.ndarray, voice: np.ndarray | None) -> None
 
     unfinished = path.with_suffix(".part")
     with av.open(str(unfinished), "w", format="mp4") as container:
-        video: Any = container.add_stream("mpeg4", rate=FPS)
+        video: Any = container.add_stream(codec, rate=FPS)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt, video.thread_count = "yuv420p", 1
         streams = [(video, [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames])]

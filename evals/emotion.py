@@ -24,6 +24,9 @@ from model.tokenizer import Tokenizer
 FOLDERS_2024 = {"mae_340_UTT": "mae_340_23_UTT", "maeV_399_UTT": "maeVideo_399_23_UTT", "HL-UTT": "HL_23_UTT"}
 
 
+Follow = Callable[[str, str], bool]  # a sample's id, its answer so far -> whether it goes on
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What is asked of which clips; what is left out comes from the training run."""
@@ -79,8 +82,12 @@ def answer(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
+    follow: Follow | None = None,
 ) -> list[dict]:
-    """One record a sample: id, label, prediction (None: no label in the answer), answer; probabilities when scoring."""
+    """One record a sample: id, label, prediction (None: no label in the answer), answer; probabilities when scoring.
+
+    `follow` sees answers grow while they are generated, without beams.
+    """
     order = sorted(
         range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces)
     )
@@ -97,7 +104,7 @@ def answer(
             if cfg.decode == "score":
                 found = _score(mllm.score(batch, candidates), labels)
             else:
-                found = _generate(mllm, tokenizer, batch, labels, cfg, seed + start)
+                found = _generate(mllm, tokenizer, batch, labels, cfg, seed + start, follow)
         for i, record in zip(chosen, found, strict=True):
             sample = samples[i]
             asked = {"task": sample.task, "prompt": sample.prompt, "target": sample.target, "path": sample.path}
@@ -118,15 +125,27 @@ def _score(probabilities: Tensor, labels: Sequence[str]) -> list[dict]:
 
 
 def _generate(
-    mllm: Mllm | Ensemble, tokenizer: Tokenizer, batch: Batch, labels: Sequence[str], cfg: DecodeConfig, seed: int
-) -> list[dict]:
+    mllm: Mllm | Ensemble, tokenizer: Tokenizer, batch: Batch, labels: Sequence[str], cfg: DecodeConfig, seed: int,
+    follow: Follow | None,
+) -> list[dict]:  # fmt: skip
     generator = torch.Generator(batch.input_ids.device).manual_seed(seed) if cfg.temperature > 0 else None
     ids = mllm.generate(
         batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
         repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.eos_id, generator=generator,
+        follow=follow and spelled(follow, batch.ids, tokenizer),
     )  # fmt: skip
     answers = [tokenizer.decode(row).strip() for row in ids]
     return [{"prediction": extract_label(text, labels, cfg.extract), "answer": text} for text in answers]
+
+
+def spelled(follow: Follow, ids: Sequence[str], tokenizer: Tokenizer) -> Callable[[int, list[int]], bool]:
+    """`follow` as model/generate.py calls it, for a batch of the samples `ids`."""
+
+    def said(row: int, tokens: list[int]) -> bool:
+        # a character whose bytes are not all there yet ends the text as a replacement character
+        return follow(ids[row], tokenizer.decode(tokens).strip().rstrip("\ufffd"))
+
+    return said
 
 
 def score(records: list[dict], labels: Sequence[str], extract: str = "robust") -> dict:

@@ -554,19 +554,24 @@ def _picture(id: str, path: str | None, start: float | None = None, end: float |
     try:
         if not path:
             raise Absent("no media named")
-        frame = load_frame(path, "middle", start, end).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+        content, size = as_jpeg(load_frame(path, "middle", start, end))
     except MediaError as error:
         reason = str(error).removeprefix(f"{path}: ")
         named = f" ({Path(path).name})" if path else ""
         return tag("figure", tag("p", f"No picture: {reason}{named}"), class_="absent")
+    return tag("figure", tag("img", src=content, alt=f"Middle frame of {id}", width=size[1], height=size[0]))
+
+
+def as_jpeg(frame: torch.Tensor) -> tuple[str, list[int]]:
+    """A frame (H, W, 3) uint8 as a data URI, no side longer than WIDTH, and its height and width."""
     from torchvision.io import encode_jpeg
 
-    scale = min(1.0, WIDTH / max(frame.shape[2:]))
-    size = [max(1, round(side * scale)) for side in frame.shape[2:]]
-    small = F.interpolate(frame, size, mode="bilinear", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
+    scale = min(1.0, WIDTH / max(frame.shape[:2]))
+    size = [max(1, round(side * scale)) for side in frame.shape[:2]]
+    pixels = frame.permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    small = F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
     content = base64.b64encode(bytes(torch.as_tensor(encode_jpeg(small, quality=80)).tolist())).decode()
-    return tag("figure", tag("img", src=f"data:image/jpeg;base64,{content}", alt=f"Middle frame of {id}",
-                             width=size[1], height=size[0]))  # fmt: skip
+    return f"data:image/jpeg;base64,{content}", size
 
 
 def write(path: Path, comparison: Comparison, published: bool, seed: int) -> Path:

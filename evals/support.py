@@ -19,7 +19,7 @@ from data.prompts import Encode, encode_answer
 from data.support import FIELDS, GAP, PromptConfig, Sample, asked, fields, parse_answer
 from data.turns import CLOSED, TurnData
 from evals import texts
-from evals.emotion import DecodeConfig
+from evals.emotion import DecodeConfig, Follow, spelled
 from model.combine import Ensemble
 from model.mllm import Mllm, alike, pack
 from model.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class Answers:
                     self.probabilities[i][name] = dict(zip(labels, row, strict=True))
                     self.texts[i] = self._line(i, name, labels[max(range(len(row)), key=row.__getitem__)])
 
-    def generate(self, cfg: DecodeConfig, seed: int) -> None:
+    def generate(self, cfg: DecodeConfig, seed: int, follow: Follow | None) -> None:
         """Writes what is still missing of each answer."""
         title = FIELDS["response"] + ":"
         begun = [self._before(i) + title if self.texts[i] else "" for i in range(len(self.samples))]
@@ -72,6 +72,7 @@ class Answers:
             ids = self.mllm.generate(
                 batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
                 repetition_penalty=cfg.repetition_penalty, eos_id=self.tokenizer.eos_id, generator=generator,
+                follow=follow and spelled(follow, batch.ids, self.tokenizer),
             )  # fmt: skip
             for i, row in zip(chosen, ids, strict=True):
                 said = self.tokenizer.decode(row).strip()
@@ -107,19 +108,19 @@ def continued(sample: Sample, texts: Sequence[str], last: bool, encode: Encode) 
 @torch.inference_mode()
 def answer(
     mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], prompt: PromptConfig, cfg: DecodeConfig,
-    batch_size: int = 8, seed: int = 0, respond: bool = True,
+    batch_size: int = 8, seed: int = 0, respond: bool = True, follow: Follow | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One record a sample: id, target and answer; with cfg.decode "score" the probabilities of the closed fields.
 
     Scored, each field is the likeliest label after the fields before it, and the response, unless `respond` is off, is
-    generated after all of them; else all of the answer is generated.
+    generated after all of them; else all of the answer is generated. `follow` sees what is generated grow.
     """
     answers = Answers(mllm, tokenizer, samples, prompt, batch_size)
     if cfg.decode == "score":
         for name in CLOSED:
             answers.score(name, prompt.strategies if name == "strategy" else prompt.emotions)
     if cfg.decode == "generate" or (respond and "response" in prompt.fields):
-        answers.generate(cfg, seed)
+        answers.generate(cfg, seed, follow)
     records = []
     for sample, text, probabilities in zip(samples, answers.texts, answers.probabilities, strict=True):
         target = {name: told if name in prompt.fields else None for name, told in fields(sample.turn).items()}

@@ -1,7 +1,7 @@
 """Decoding with a static key/value cache: greedy, sampling, beam search, and the likelihood of given answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from common.config import UserError
 from model.llm import Attend, Branched, Llama, Packed, document_positions, worth_sharing
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[list[int]]
+Follow = Callable[[int, list[int]], bool]  # prompt, its tokens so far -> whether it goes on
 NEVER = -1e9  # the score of a hypothesis that does not exist
 HEAD_ROWS = 2048  # positions whose logits exist at one time while scoring
 
@@ -166,11 +167,13 @@ def generate(
     length_penalty: float = 1.0,
     eos_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    follow: Follow | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, up to the end token, which is left out.
 
     Prompts are ids (B, T), lists of ids or embeddings (T_i, D), of any lengths. Temperature 0 is greedy, or beam search
     over `num_beams`; above it tokens are drawn from the `top_p` nucleus with `generator`, which lives on llm's device.
+    `follow` sees each token as it comes, where there are no beams.
     """
     _check(temperature, top_p, num_beams, repetition_penalty)
     if len(prompts) == 0 or max_new_tokens <= 0:
@@ -180,7 +183,7 @@ def generate(
     state = State(llm, prompts, max_new_tokens, repetition_penalty)
     if num_beams > 1:
         return _beam_search(state, max_new_tokens, num_beams, length_penalty, eos)
-    return _sample(state, len(prompts), max_new_tokens, temperature, top_p, eos, generator)
+    return _sample(state, len(prompts), max_new_tokens, temperature, top_p, eos, generator, follow)
 
 
 @torch.inference_mode()
@@ -193,6 +196,7 @@ def generate_together(
     repetition_penalty: float = 1.0,
     eos_id: int | Sequence[int] = (),
     generator: torch.Generator | None = None,
+    follow: Follow | None = None,
 ) -> list[list[int]]:
     """generate() by several models, each with its own embeddings of the same prompts; there are no beams."""
     _check(temperature, top_p, num_beams, repetition_penalty)
@@ -203,7 +207,7 @@ def generate_together(
         return [[] for _ in range(rows)]
     eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     states = Together([State(llm, prompts, max_new_tokens, repetition_penalty) for llm, prompts in models])
-    return _sample(states, rows, max_new_tokens, temperature, top_p, eos, generator)
+    return _sample(states, rows, max_new_tokens, temperature, top_p, eos, generator, follow)
 
 
 def _check(temperature: float, top_p: float, num_beams: int, repetition_penalty: float) -> None:
@@ -227,6 +231,7 @@ def _sample(
     top_p: float,
     eos: list[int],
     generator: torch.Generator | None,
+    follow: Follow | None,
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in range(count)]
     rows: list[int | None] = list(range(count))  # cache row -> answer, None once it ended
@@ -238,6 +243,8 @@ def _sample(
                 rows[i] = None
             elif row is not None:
                 answers[row].append(token)
+                if follow is not None and not follow(row, answers[row]):
+                    rows[i] = None
         live = [i for i, row in enumerate(rows) if row is not None]
         if not live or step == steps - 1:
             break

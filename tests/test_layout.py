@@ -13,13 +13,16 @@ ALLOWED = {
     "model": {"model", "common"},
     "data": {"data", "common"},
     "evals": {"evals", "data", "model", "common"},
-    "scripts": {"evals", "data", "model", "common", "predict"},
+    "scripts": {"evals", "data", "model", "common", "predict", "tools"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ALLOWED["bench"] = ALLOWED["scripts"] | SCRIPTS | {"bench"}  # it measures the very loops that train
 LOCAL = {"common", "model", "data", "evals", "bench", "tools", "tests"} | SCRIPTS
-SLOW = {"av", "matplotlib", "tokenizers", "torchaudio", "torchvision", "torch._dynamo", "torch.distributed.tensor",
-        "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.utils.tensorboard", "tensorboard"}  # fmt: skip
+SLOW = {
+    "av", "fastapi", "gradio", "matplotlib", "tokenizers", "torchaudio", "torchvision", "torch._dynamo",
+    "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "torch.utils.tensorboard", "tensorboard", "uvicorn",
+}  # fmt: skip
 REFERENCES = {"transformers", "peft", "sklearn", "timm", "pandas", "scipy"}
 FOLDERS = ("common", "model", "data", "evals", "bench", "tools")
 CODE = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])

@@ -108,6 +108,17 @@ def test_a_question_of_ones_own(predictor, clips):
     )
 
 
+def test_answers_are_followed_by_the_ids_of_their_clips(predictor, clips):
+    predictor.decode.max_new_tokens, why, grown = 5, "[reason] Why?", {}
+    samples, missing = [], {}
+    for clip in clips[:3]:
+        sample, missing[clip.id] = predictor.sample(clip, why)
+        samples.append(sample)
+    results = predictor.answer(samples, why, missing, lambda id, text: grown.setdefault(id, []).append(text) or True)
+    assert {result["id"]: result["answer"] for result in results} == {id: texts[-1] for id, texts in grown.items()}
+    assert results == predictor.answer(samples, why, missing)
+
+
 def test_a_second_question_after_the_first(predictor, clips):
     """Llama 2's chat, laid out here with SentencePiece: <s>[INST] q1 [/INST] a1 </s><s>[INST] q2 [/INST]."""
     clip, encode = Clip("a", clips[0].path, text="hello"), predictor.tokenizer.pieces.encode

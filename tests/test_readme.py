@@ -69,7 +69,7 @@ def test_a_mistake_is_answered_as_shown(mistake, monkeypatch, capsys):
 def test_flags_in_the_text_are_options():
     """`--flag` or `--flag VALUE` between backticks belongs to one of the scripts."""
     known = {"help", "cfg", "cfg_path"}
-    names = ["train_llm", "train_mosei", "train_clap", "train_slm", "meld_train", "eval", "predict", "extract"]
+    names = ["train_llm", "train_mosei", "train_clap", "train_slm", "meld_train", "eval", "predict", "extract", "demo"]
     for name in [*names, "tools.download_mosei", "tools.export", "data.gottalent"]:
         known |= set(config.Schema(importlib.import_module(name).Config).names)
     others = "hf |pip |tensorboard |torchrun |--nnodes"
@@ -97,6 +97,7 @@ def test_what_it_names_exists():
     assert named
     # the guides' own files have no place here
     theirs = {"first_face.py", "eval_emotion_EMER.py", "clap_train.py", "export_projectors.py", "meld_train_slm.py"}
+    theirs |= {"app.py", "app_EmotionLlamaClient.py"}
     theirs |= {f"eval_stage{n}.py" for n in (2, 3, 4)}
     assert [path for path in {*links, *named} - theirs if not (ROOT / path).exists()] == []
 

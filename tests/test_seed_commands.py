@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import demo
 import eval as evaluation
 import extract
 import meld_train
@@ -37,6 +38,7 @@ SCRIPTS = {
     "meld_train": meld_train,
     "eval": evaluation,
     "predict": predict,
+    "demo": demo,
     "extract": extract,
 }
 
@@ -239,6 +241,13 @@ FLAGS = {
         ckpt --ckpt, combine --combine, input --input, text --text, question --question, chat --chat,
         llm --llm, out --out, device --device, batch_size --batch-size, prompt_layout, decode.decode --decode,
         decode.extract,
+        decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams, decode.temperature --temperature,
+        decode.top_p --top-p, decode.repetition_penalty, model.lora_r, model.lora_alpha, model.features, model.visual,
+        model.visual_encoder, model.visual_weights, model.visual_options, model.visual_width, model.image_size""",
+    "demo": """
+        ckpt --ckpt, combine --combine, fast --fast, llm --llm, device --device, prompt_layout, host --host,
+        port --port, root --root, token --token, max_upload_mb --max-upload-mb, max_seconds --max-seconds,
+        queue --queue, batch_size --batch-size, page --page, decode.decode --decode, decode.extract,
         decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams, decode.temperature --temperature,
         decode.top_p --top-p, decode.repetition_penalty, model.lora_r, model.lora_alpha, model.features, model.visual,
         model.visual_encoder, model.visual_weights, model.visual_options, model.visual_width, model.image_size""",

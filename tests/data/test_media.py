@@ -13,7 +13,18 @@ import pytest
 import soundfile
 import torch
 
-from data.media import MediaError, NoAudio, NoVideo, load_audio, load_frame, load_frames, probe, seconds, tar_index
+from data.media import (
+    MediaError,
+    NoAudio,
+    NoVideo,
+    length,
+    load_audio,
+    load_frame,
+    load_frames,
+    probe,
+    seconds,
+    tar_index,
+)
 
 W, H = 64, 48
 SHARED = os.environ.get("EMOTORCH_DATA")
@@ -73,6 +84,32 @@ def test_how_long_a_clip_probably_is(tmp_path):
     assert seconds(tmp_path / "a.mp4") == pytest.approx(0.4, abs=0.1)
     assert seconds(tmp_path / "none.wav", 1, 3) == 2
     assert [seconds(tmp_path / name) for name in ("bad.wav", "none.wav")] == [None, None]
+
+
+def test_how_long_a_clip_is_by_its_packets(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(24000), 16000)
+    assert length(tmp_path / "a.wav") == 1.5
+    assert length(make_video(tmp_path / "a.mp4", 10, audio=2.0)) == pytest.approx(2.0, abs=0.15)
+    path = make_video(tmp_path / "late.mkv", 3, times=[0, 40, 9000])
+    assert length(path) == pytest.approx(9.0, abs=0.15)
+    data = path.read_bytes()  # as a browser records: the head does not know how long it will be
+    at = data.index(b"\x44\x89\x88")
+    path.write_bytes(data[: at + 3] + struct.pack(">d", 1.0) + data[at + 11 :])
+    assert probe(path)["duration"] < 1
+    assert length(path) == pytest.approx(9.0, abs=0.15)
+    with pytest.raises(MediaError):
+        length(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.mp4", "a.ffconcat"])
+def test_a_playlist_is_no_clip(tmp_path, name):
+    """What it names may be any file of this machine."""
+    film = make_video(tmp_path / "film.ts", 10)
+    hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\n{film.name}\n#EXT-X-ENDLIST\n"
+    (tmp_path / name).write_text(f"ffconcat version 1.0\nfile {film.name}\n" if name == "a.ffconcat" else hls)
+    for read in (load_frame, load_audio, probe, length):
+        with pytest.raises(MediaError):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

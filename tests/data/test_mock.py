@@ -184,6 +184,15 @@ def test_every_label_can_be_drawn(tmp_path: Path) -> None:
     assert decode(tmp_path / "video" / "sample_00000000.mp4")[0].shape[1:] == (56, 56, 3)
 
 
+def test_another_codec_shows_the_same(tmp_path: Path) -> None:
+    for codec in ("mpeg4", "h264"):
+        make_mock(tmp_path / codec, 1, 0, size=64, codec=codec)
+        with av.open(str(tmp_path / codec / "video" / "sample_00000000.mp4")) as container:
+            assert container.streams.video[0].codec_context.name == codec
+    one, two = (decode(tmp_path / codec / "video" / "sample_00000000.mp4")[0] for codec in ("mpeg4", "h264"))
+    assert np.abs(one.astype(float) - two).mean() < 8
+
+
 def test_unknown_label(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^mock set: unknown label 'joy' \(labels: neutral, happy, sad, .*disgust\)$"):
         make_mock(tmp_path, 1, 1, labels=("happy", "joy"))

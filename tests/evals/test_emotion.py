@@ -1,5 +1,6 @@
 """Scores of the multimodal model: the same from one process and two, the labels chosen by their likelihood."""
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -143,3 +144,23 @@ def test_a_question_of_a_list_of_labels(world):
     assert "represents: happy, sad, neutral, angry." in data.sample(0).prompt
     view = ClipData(data.clips, data.features, replace(data.cfg, labels=["sad", "happy"]), data.encode)
     assert "represents: sad, happy." in view.sample(0).prompt
+
+
+def test_an_answer_is_seen_growing(world):
+    model, tokenizer, data = world
+    model.eval()
+    samples = [data.sample(i, task="reason") for i in range(20)]
+    cfg, grown = DecodeConfig(decode="generate", max_new_tokens=6), {}
+
+    def follow(id, text):
+        grown.setdefault(id, []).append(text)
+        return True
+
+    followed = emotion.answer(model, tokenizer, samples, LABELS, cfg, follow=follow)
+    assert followed == emotion.answer(model, tokenizer, samples, LABELS, cfg)
+    for record in followed:
+        texts = grown.get(record["id"], [""])
+        assert texts[-1] == record["answer"].rstrip("\ufffd")  # bytes that make no character yet wait for more
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert max(map(len, grown.values())) > 1
+    assert len(emotion.answer(model, tokenizer, samples, LABELS, cfg, follow=lambda id, text: False)) == 20

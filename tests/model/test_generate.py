@@ -244,3 +244,26 @@ def test_a_published_model_tells_its_published_story():
     answers = generate(llm, [story[:n] for n in starts], steps)
     for start, answer in zip(starts, answers, strict=True):
         assert answer[: len(story) - start] == story[start:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_are_seen_as_they_come_and_a_row_may_end_early(temperature):
+    llm, seen = small(), []
+
+    def answers(follow=None, prompts=PROMPTS):
+        draws = torch.Generator().manual_seed(3) if temperature else None
+        return generate(llm, prompts, 9, temperature=temperature, generator=draws, eos_id=[], follow=follow)
+
+    def look(row, tokens):
+        seen.append((row, list(tokens)))
+        return row != 1 or len(tokens) < 3
+
+    whole = answers()
+    assert answers(look)[1] == whole[1][:3]
+    assert seen[:4] == [(row, whole[row][:1]) for row in range(4)]
+    for row, answer in enumerate(whole if not temperature else [whole[1]]):  # fewer rows draw other tokens
+        row, lengths = (1, range(1, 4)) if row == 1 or temperature else (row, range(1, 10))
+        assert [tokens for which, tokens in seen if which == row] == [answer[:n] for n in lengths]
+    seen.clear()
+    assert [len(answer) for answer in answers(lambda row, tokens: seen.append(row))] == [1] * 4  # None: enough
+    assert seen == [0, 1, 2, 3]

@@ -291,7 +291,7 @@ LAST = "[...document.querySelectorAll('#chat .bot.message, #chat .message.bot')]
 @pytest.mark.skipif(not (GRADIO and CHROMIUM), reason="pip install -r requirements-extra.txt; apt-get install chromium")
 def test_the_page_in_a_browser(trained, predictor, tmp_path):
     clip = trained.data / "video" / CLIP
-    with program("--ckpt", trained.run, "--max-new-tokens", 12) as running:
+    with program("--ckpt", trained.run, "--max-new-tokens", 12, TMPDIR=str(tmp_path)) as running:
         browser = Browser(tmp_path / "profile")
         try:
             drive(browser, running.port, predictor, clip, tmp_path)

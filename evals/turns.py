@@ -30,19 +30,19 @@ from model.towers import TowerConfig, load_towers
 from model.toy import make_toy_mamba, make_toy_qwen2
 
 STATISTICS = 256  # turns whose rows tell mean and deviation
-FAST_TURNS = (900, 60, 120)  # train, validation and test
+FAST_TURNS = (800, 60, 120)  # train, validation and test
 # --fast: everything is made on the spot (data/mock_support.py, model/toy.py), nothing is downloaded
 FAST = {
     "model.full": True, "model.normalize": True, "model.grad_checkpoint": False, "model.max_len": 900,
-    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 4, "model.towers.patches": 16,
+    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 4, "model.towers.patches": 64,
     "model.towers.vision_width": 12, "model.towers.audio_tower": "logmel", "model.towers.mm_projector_a_type": "linear",
     "model.towers.audio_tokens": 1, "model.towers.audio_width": 504, "model.towers.audio_seconds": 8.0,
     "support.answer_room": 64, "support.prompt.k_turn_history": 1, "support.prompt.context": False,
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
     "optim.lr": 1.5e-3, "optim.mm_projector_lr": 4e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 20, "epochs": 7,
-    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 7, "save_every": 7,
+    "optim.warmup_steps": 20, "epochs": 8,
+    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 8, "save_every": 8,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
 STAND_IN = Turn(

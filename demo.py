@@ -159,6 +159,8 @@ class PageServer:
         self.thread.start()
         while not self.uvicorn.started and self.thread.is_alive():
             time.sleep(0.05)
+        if not self.uvicorn.started:
+            raise UserError(f"the page cannot listen at {self.socket} (is the path too long? TMPDIR sets another)")
 
     def stop(self) -> None:
         self.uvicorn.should_exit = True

@@ -122,7 +122,7 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
         (["--ckpt", tmp_path], f"checkpoint {tmp_path}: holds no checkpoint (a run folder, its checkpoints/ or one "
          "checkpoint folder)"),
         (["--ckpt", trained.run, "--bench", "mer2022"],
-         "--bench: 'mer2022' is not one of mer2023, mer2024, dfew, emer, mer-ov, clips, mosei, clap, slm, meld"),
+         "--bench: 'mer2022' is not one of mer2023, mer2024, dfew, emer, mer-ov, clips, support, mosei, clap, slm, meld"),
         (["--ckpt", trained.run, "--bench", "meld"],
          "--bench meld: this checkpoint is a language model's (benchmarks: mer2023, mer2024, dfew, emer, mer-ov, "
          "clips)"),

@@ -268,12 +268,12 @@ def test_sigterm_to_some_ranks_stops_all_after_the_same_step(merr, ranks, tmp_pa
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_before_it_ends(merr, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
-    agent = torchrun([*merr.argv, *LONG, "--out", out], output)
+    agent = torchrun([*merr.argv, *LONG, "--out", out], output, whole=True)
     try:
         wait_until(lambda: logged_steps(out) >= 2, 60, output.read_text)
         os.kill(agent.pid, signal.SIGTERM)
         agent.join(20)
-        assert agent.exitcode == 1  # torchrun's own
+        assert agent.exitcode == 1, output.read_text()  # torchrun's own
     finally:
         end(agent)
     step = newest_step(out)
@@ -1009,7 +1009,7 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
          "--metric clue_overlap: --data.task-pool has no task with descriptions"),
         (["--metric", "bleu"], "--metric: 'bleu' is not one of weighted_f1, accuracy, war, uar, macro_f1, "
          "precision_weighted, recall_weighted, invalid, clue_overlap, label_overlap, loss, "
-         "client_emotion, therapist_emotion, strategy"),
+         "client_emotion, therapist_emotion, strategy, token_accuracy"),
         (["--data.curriculum", "hard"], "--data.curriculum: 'hard' is not one of none, modalities, length, both"),
         (["--data.curriculum", "length", "--task-pool", "emotion"],
          "--data.curriculum length: no clip has a description for the tasks emotion"),

@@ -122,7 +122,8 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
         (["--ckpt", tmp_path], f"checkpoint {tmp_path}: holds no checkpoint (a run folder, its checkpoints/ or one "
          "checkpoint folder)"),
         (["--ckpt", trained.run, "--bench", "mer2022"],
-         "--bench: 'mer2022' is not one of mer2023, mer2024, dfew, emer, mer-ov, clips, support, mosei, clap, slm, meld"),
+         "--bench: 'mer2022' is not one of mer2023, mer2024, dfew, emer, mer-ov, clips, support, mosei, clap, slm, "
+         "meld"),
         (["--ckpt", trained.run, "--bench", "meld"],
          "--bench meld: this checkpoint is a language model's (benchmarks: mer2023, mer2024, dfew, emer, mer-ov, "
          "clips)"),
@@ -136,7 +137,7 @@ def test_mistakes(trained, tmp_path, monkeypatch, capsys):
          "--feature-folders HL-UTT: the model reads image, cls, voice"),
         (["--answers", "a.csv"], "--answers needs --bench emer or mer-ov, and no --ckpt"),
         (["--ckpt", trained.run, "--prompt-layout", "trian"],
-         "--prompt-layout: 'trian' is not one of train, original_eval, question_first, clean"),
+         "--prompt-layout: 'trian' is not one of train, original_eval, question_first, clean, original"),
         (["--ckpt", trained.run, "--test-file", "x.txt"],
          f"annotation_file 'x.txt' not found (looked for {trained.data}/x.txt and x.txt)"),
     ):  # fmt: skip

@@ -313,29 +313,27 @@ def drive(browser, port, predictor, clip, tmp_path):
             break
     browser.until("document.querySelector('#clip-seen svg[aria-label=waveform]') != null")
     assert browser.js("document.querySelectorAll('#clip-seen img').length") == 1  # the one frame of its visual tokens
-    browser.js("document.querySelector('#emotion').click()")
-    bars = browser.until(
-        "document.querySelector('#bars').innerText.includes('%') && document.querySelector('#bars').innerText"
-    )
-    first = predictor(Clip("a", str(clip)))
-    shown = dict(re.findall(r"(\w+)\s+(\d+)%", bars))
-    assert {name: int(value) for name, value in shown.items()} == {
-        name: pytest.approx(100 * p, abs=0.51) for name, p in first["probabilities"].items()
-    }
-    assert browser.js(f"{LAST}.innerText").strip() == first["emotion"]
     browser.js(
         "window.seen = []; new MutationObserver(() => { const text = " + LAST + "?.innerText.trim();"
         "if (text && window.seen.at(-1) != text) window.seen.push(text) })"
         ".observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true})"
     )
     browser.js("document.querySelector('#reason').click()")
-    task = "[reason]"
-    second = predictor(Clip("a", str(clip)), question=task, turns=[("[emotion]", first["emotion"])])["answer"]
-    browser.until(f"{LAST}?.innerText.trim() == {json.dumps(second)}")
-    grown = [text for text in browser.js("window.seen") if second.startswith(text)]
+    first = predictor(Clip("a", str(clip)), question="[reason]")["answer"]
+    browser.until(f"{LAST}?.innerText.trim() == {json.dumps(first)}")
+    grown = [text for text in browser.js("window.seen") if first.startswith(text)]
     assert len(grown) > 2, browser.js("window.seen")
     assert grown == sorted(grown, key=len)
-    assert browser.js("document.querySelector('#bars').innerText.includes('%')")
+    browser.js("document.querySelector('#emotion').click()")
+    bars = browser.until(
+        "document.querySelector('#bars').innerText.includes('%') && document.querySelector('#bars').innerText"
+    )
+    second = predictor(Clip("a", str(clip)), question="[emotion]", turns=[("[reason]", first)])
+    shown = dict(re.findall(r"(\w+)\s+(\d+)%", bars))
+    assert {name: int(value) for name, value in shown.items()} == {
+        name: pytest.approx(100 * p, abs=0.51) for name, p in second["probabilities"].items()
+    }
+    browser.until(f"{LAST}?.innerText.trim() == {json.dumps(second['emotion'])}")
     assert "found: voice, patches" in browser.js("document.querySelector('#found').innerText")
     for width in (1280, 400):
         browser.resize(width, 1000)

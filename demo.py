@@ -153,7 +153,7 @@ class PageServer:
             allowed_paths=[str(folder / "examples")], max_file_size=service.max_bytes, ssr_mode=False,
             footer_links=[], show_error=False,
         )  # fmt: skip
-        settings = uvicorn.Config(app, uds=str(self.socket), log_level="error", timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(app, uds=str(self.socket), log_level="critical", timeout_graceful_shutdown=1)
         self.uvicorn = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.uvicorn.run, name="page", daemon=True)
         self.thread.start()

@@ -34,7 +34,7 @@ if not __package__:  # run by path: start again as a module, so that the reposit
 import torch
 
 import train_llm
-from bench.llm_train import header, spread
+from bench.report import header, publish, spread
 from common import config
 from common.config import UserError, opt, run
 from data.features import StoreWriter, encode_clip
@@ -44,7 +44,6 @@ from data.prompts import EMOTIONS6, emotion_question
 from model.encoders import load
 from model.toy import make_toy_llm
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 DEMO = Path(__file__).resolve().parents[1] / "demo.py"
 SIZES = {"tiny": (32, 1), "small": (256, 6)}  # width and layers of the language model
 ASKED = {"labels": None, "text": "[reason] What does this person feel, and why?"}
@@ -141,8 +140,8 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     if cfg.tiny:
         cfg.size, cfg.rounds, cfg.requests, cfg.clients, cfg.max_new_tokens = "tiny", 1, 8, 4, 4
-    lines = header("bench/serve.py", torch.device("cpu"), cfg.threads, [])
-    lines[-1] += f" {cfg.size}, {cfg.requests} requests a round, {cfg.rounds} rounds; median (least to most)"
+    what = f"{cfg.size}, {cfg.requests} requests a round, {cfg.rounds} rounds; median (least to most)"
+    lines = header("bench/serve.py", torch.device("cpu"), cfg.threads, what)
     with TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         folder = Path(place)
         make_run(folder, cfg.size)
@@ -151,12 +150,9 @@ def main(cfg: Config) -> None:
         variants = {"one at a time": (ports[cfg.batch_size], 1)}
         variants |= {f"{cfg.clients} clients, batches of {size}": (port, cfg.clients) for size, port in ports.items()}
         for kind, question in ASKED.items():
-            lines += ["", f"| {kind} | requests/s | times one at a time |", "|---|---|---|"]
-            lines += measured(variants, clips, question, cfg)
-    print("\n".join(lines))
-    if cfg.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines, ""]))
+            lines += [f"| {kind} | requests/s | times one at a time |", "|---|---|---|"]
+            lines += [*measured(variants, clips, question, cfg), ""]
+    publish(lines, cfg.write)
 
 
 def measured(variants: dict[str, tuple[int, int]], clips: list[str], question: str | None, cfg: Config) -> list[str]:

@@ -19,13 +19,35 @@ PUBLISHED = {
     "meta-llama/Llama-2-7b-chat-hf": LlamaConfig(
         32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-5, max_position_embeddings=4096
     ),
-    **dict.fromkeys(("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), LlamaConfig(
-        152064, 3584, 18944, 28, 28, 4, 128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
-        attention_bias=True,
-    )),
+    **dict.fromkeys(
+        ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        LlamaConfig(
+            152064,
+            3584,
+            18944,
+            28,
+            28,
+            4,
+            128,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_position_embeddings=32768,
+            attention_bias=True,
+        ),
+    ),
     "Qwen/Qwen2-1.5B-Instruct": LlamaConfig(
-        151936, 1536, 8960, 28, 12, 2, 128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
-        attention_bias=True, tie_word_embeddings=True,
+        151936,
+        1536,
+        8960,
+        28,
+        12,
+        2,
+        128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+        attention_bias=True,
+        tie_word_embeddings=True,
     ),
 }
 MAMBA = MambaConfig(50280, 1024, 48, 2048, 16, 64)  # state-spaces/mamba-370m-hf

@@ -21,7 +21,7 @@ from common.config import UserError
 from data.mesc import Turn, Utterance
 
 C = (1.0, 3.0, 10.0)  # inverse strengths of the penalty
-LEAST = 2  # training turns that a term is in; the rarer ones are most of all terms, and add nothing
+LEAST = 3  # training turns that a term is in; the rarer ones are most of all terms, and add nothing
 TOLERANCE = 1e-7  # of the gradient; probabilities are then right to 1e-5
 WORD = re.compile(r"\b\w\w+\b|[^\w\s]")
 

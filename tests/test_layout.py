@@ -126,9 +126,7 @@ def test_slow_packages_are_imported_where_used():
 
 def test_references_of_the_tests_stay_out_of_the_product():
     product = [path for path in CODE if path.relative_to(ROOT).parts[0] != "bench"]
-    found = {
-        name(path): [m for _, m in imports(parsed(path.read_text())) if within(m, REFERENCES)] for path in product
-    }
+    found = {name(path): [m for _, m in imports(parsed(path.read_text())) if within(m, REFERENCES)] for path in product}
     assert not any(found.values()), found
 
 

@@ -121,7 +121,7 @@ def test_validation_is_on_dialogues_held_out(stage1):
 
 def test_a_run_resumes_exactly(toy, stage1, tmp_path):
     out = tmp_path / "again"
-    assert run(train_llm, ["--resume", stage1.out / "checkpoints" / "epoch_001", "--out", out, "--no-test"]) == 0
+    assert run(train_llm, ["--resume", stage1.out / "checkpoints" / "epoch_003", "--out", out, "--no-test"]) == 0
     for file in (checkpoint.MODEL, checkpoint.OPTIMIZER):
         whole = stage1.out / "checkpoints" / "epoch_004" / file
         assert (out / "checkpoints" / "epoch_004" / file).read_bytes() == whole.read_bytes()

@@ -124,7 +124,11 @@ def resumed(arguments):
     return talking(train, arguments), whole
 
 
-@pytest.mark.parametrize(("world", "more"), [(1, []), (1, ["--shard", "none"]), (4, [])])
+@pytest.mark.parametrize(
+    ("runs", "world", "more"),
+    [(kind, 1, more) for kind in KINDS for more in ([], ["--shard", "none"])] + [("lora", 4, [])],
+    indirect=["runs"],
+)
 def test_a_checkpoint_of_two_ranks_resumes_on_any_number(base, runs, ranks, tmp_path, world, more):
     out = tmp_path / "run"
     shutil.copytree(runs.two, out, symlinks=True)

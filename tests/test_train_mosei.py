@@ -147,7 +147,7 @@ def test_predictor_says_what_is_missing_and_keeps_the_order(run):
 def test_it_learns_what_is_planted_and_nothing_from_shuffled_labels(tmp_path):
     folder = tmp_path / "mock"
     make_mock(folder, 400, seed=5)
-    argv = ["--data-dir", folder, "--lr", 1e-3, "--epochs", 12, "--dropout", 0.4]
+    argv = ["--data-dir", folder, "--lr", 2e-3, "--batch-size", 32, "--epochs", 8, "--dropout", 0.4]
     scores = {}
     for name, more in (("true", []), ("shuffled", ["--shuffle-labels"])):
         assert train([*argv, "--out", tmp_path / name, *more]) == 0

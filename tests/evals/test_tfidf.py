@@ -91,7 +91,7 @@ def test_a_fit_is_scikit_learn_s_wherever_it_begins(c):
 def test_parts_have_features_of_their_own():
     before = [("client", "anger", "never cry", None), ("therapist", "neutral", "never ask", "open question")]
     old = [("client", "joy", "older", None), ("therapist", None, "older", "approval")]
-    turns = [turn("joy", "never mind", *old, *before)] * 2 + [turn("joy", "hello there")] * 2
+    turns = [turn("joy", "never mind", *old, *before)] * 3 + [turn("joy", "hello there")] * 3
     features = tfidf.Features(list(tfidf.PARTS), turns)
     tables = {part: list(table.columns) for part, (_, table) in zip(tfidf.PARTS, features.parts, strict=True)}
     assert tables == {
@@ -101,7 +101,7 @@ def test_parts_have_features_of_their_own():
         "client_emotion_before": ["anger"],
         "strategy_before": ["open", "open question", "question"],
     }
-    first, _, opening, _ = dense(features.rows(turns), features.width)
+    first, _, _, opening, *_ = dense(features.rows(turns), features.width)
     assert features.width == 6 + 3 + 3 + 1 + 3
     np.testing.assert_allclose(np.flatnonzero(first), [2, 3, 4, *range(6, 16)])
     assert set(np.flatnonzero(opening)) == {0, 1, 5}  # nothing was said before

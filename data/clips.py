@@ -85,9 +85,9 @@ class DataConfig:
     def uses_text(self) -> bool:
         return not self.streams or "text" in self.streams
 
-    def augment(self) -> dict[str, float]:
+    def augment(self, known: Sequence[str] = AUGMENTATIONS) -> dict[str, float]:
         """The augmentations in use and their probabilities, in the order in which a sample draws them."""
-        chosen = self.augmentations or dict.fromkeys(AUGMENTATIONS, self.augmentation_prob)
+        chosen = self.augmentations or dict.fromkeys(known, self.augmentation_prob)
         return {name: chosen[name] for name in AUGMENTATIONS if name in chosen and self.enable_augmentation}
 
 
@@ -437,9 +437,7 @@ class ClipData:
         if self.swap and rng.random() < self.swap:
             values = self._swapped(clip, values, rng)
         if self._draws("noise", rng):
-            noise = torch.Generator().manual_seed(rng.getrandbits(63))
-            tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
-            values = {name: v + tenth[name] * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+            values = noisy(values, rng)
         if self._draws("dropout", rng):
             gaps = torch.Generator().manual_seed(rng.getrandbits(63))
             for name, v in values.items():
@@ -447,7 +445,7 @@ class ClipData:
                 values[name] = torch.where(kept, v, self.blank.get(name, torch.zeros(())))
         streams = sorted({_stream(name) for name in values} | ({"text"} if clip.text else set()))
         if len(streams) > 1 and self._draws("streams", rng):
-            kept = rng.sample(streams, rng.randint(1, len(streams) - 1))
+            kept = some(streams, rng)
             values = {name: v for name, v in values.items() if _stream(name) in kept}
             clip = clip if "text" in kept else replace(clip, text=None)
         return clip, values
@@ -462,6 +460,18 @@ class ClipData:
 
     def class_counts(self) -> dict[str, int]:
         return {label: self.labels.count(label) for label in self.cfg.labels}
+
+
+def noisy(values: Mapping[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
+    """Values with noise of a tenth of the deviation of each."""
+    noise = torch.Generator().manual_seed(rng.getrandbits(63))
+    tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
+    return {name: v + tenth[name] * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+
+
+def some(streams: Sequence[str], rng: random.Random) -> list[str]:
+    """At least one of two streams or more, but not all."""
+    return rng.sample(streams, rng.randint(1, len(streams) - 1))
 
 
 def _stream(slot: str) -> str:
@@ -548,6 +558,17 @@ def check(cfg: DataConfig) -> None:
     if strange := [label for label in cfg.labels if label not in prompts.OFFERED.get(cfg.question, cfg.labels)]:
         names = ", ".join(strange)
         raise UserError(f"--data.question {cfg.question}: does not offer {names} of --data.labels")
+    check_probabilities(cfg)
+    if not 0 < cfg.curriculum_share <= 1:
+        raise UserError(f"--data.curriculum-share: {cfg.curriculum_share:g} is not above 0 and at most 1")
+    if cfg.curriculum_epochs < 0:
+        raise UserError(f"--data.curriculum-epochs: {cfg.curriculum_epochs} is negative")
+    if not 0 < cfg.replay_ratio < 1:
+        raise UserError(f"--data.replay-ratio: {cfg.replay_ratio:g} is not between 0 and 1")
+
+
+def check_probabilities(cfg: DataConfig) -> None:
+    """UserError for augmentations that cannot be drawn."""
     if cfg.augmentations and not cfg.enable_augmentation:
         raise UserError("--data.augmentations: needs --data.enable-augmentation")
     probabilities = {"augmentation-prob": cfg.augmentation_prob, "speaker-swap": cfg.speaker_swap}
@@ -555,12 +576,6 @@ def check(cfg: DataConfig) -> None:
         if not 0 <= p <= 1:
             name = f"augmentations {name}" if name in cfg.augmentations else name
             raise UserError(f"--data.{name}: {p:g} is no probability")
-    if not 0 < cfg.curriculum_share <= 1:
-        raise UserError(f"--data.curriculum-share: {cfg.curriculum_share:g} is not above 0 and at most 1")
-    if cfg.curriculum_epochs < 0:
-        raise UserError(f"--data.curriculum-epochs: {cfg.curriculum_epochs} is negative")
-    if not 0 < cfg.replay_ratio < 1:
-        raise UserError(f"--data.replay-ratio: {cfg.replay_ratio:g} is not between 0 and 1")
 
 
 def label_gaps(cfg: DataConfig, clips: dict[str, list[Clip]]) -> list[str]:

@@ -13,10 +13,11 @@ import numpy as np
 from common.config import opt, run
 from data import mock
 from data.mesc import Dialogue, Turn, Utterance, dialogue_turns, write_turns
-from data.mock import CUES
 from data.synth import FPS, SAMPLE_RATE, draw_face, speak
 
 MODALITIES = ("video", "audio", "text")
+# which of them carry a turn's emotion; a face takes a connector longest to read, so half of the turns have nothing else
+CUES = ((1, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1))
 QUARTERS = {"train": (2, 3), "val": (1,), "test": (0,)}  # of the client's sentences
 # the client's emotions: how they look, sound and read
 SHOWN = {"anger": "angry", "sadness": "sad", "joy": "happy", "fear": "fear", "neutral": "neutral"}
@@ -34,6 +35,10 @@ GREETING = "Hello."
 # What both say in between. The shorter, the sooner a compressor that begins at random hears who felt what.
 WORDS = ("Yes.", "No.", "Maybe.", "Right.")
 NODS = ("I see.", "Go on.")
+# What the client says where its words carry nothing, and what of: so few that no turn is known by its words, which a
+# model would sooner learn by heart than look at a face.
+PLAIN = {"I was thinking of the weekend.": "weekend", "I am looking at the calendar.": "calendar",
+         "I am reading about the weather.": "weather"}  # fmt: skip
 OPENERS = ("Well.", "You see.", "It is like this.")  # what the client says before its sentence, one a clip
 PROBLEMS = ("Work and study", "Friends and family", "Everyday life")
 
@@ -107,11 +112,15 @@ def _turn(dialogue: Dialogue, emotion: str, told: bool, felt: list[str], clips: 
         said.append(Utterance("client", past, str(rng.choice(WORDS))))
         said.append(Utterance("therapist", _shared(past), str(rng.choice(NODS))))
     shown += [""] * len(said)
-    text, topic = mock.sentence(SHOWN[emotion] if told else "neutral", quarters, rng)
+    if told and emotion != "neutral":
+        text, topic = mock.sentence(SHOWN[emotion], quarters, rng)
+        thing = topic.partition(" ")[2]
+    else:
+        text, thing = [*PLAIN.items()][rng.integers(len(PLAIN))]
     for words in (*OPENERS[: max(clips - 1, 0)], text):
         shown.append(f"dia{dialogue.id}_utt{len(said)}.mp4" if clips else "")
         said.append(Utterance("client", emotion, words))
-    strategy, thing = STRATEGY[felt[-1] if felt else "neutral"], topic.partition(" ")[2]
+    strategy = STRATEGY[felt[-1] if felt else "neutral"]
     said.append(Utterance("therapist", _shared(emotion), RESPONSES[strategy].format(thing), strategy))
     dialogue.problem, dialogue.situation = str(rng.choice(PROBLEMS)), f"The client speaks of the {thing}."
     turn = dialogue_turns(dialogue)[-1]

@@ -1,6 +1,7 @@
 """Turns of therapists as instruction samples: which are in which split, and the prompt and the answer of each."""
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import UserError, opt
-from data.clips import DataConfig
+from data.clips import DataConfig, noisy, some
 from data.history import history_ids
 from data.manifest import Clip, split_by_group
 from data.mesc import EMOTIONS, STRATEGIES, Turn, leaks, memory_text, read_turns
@@ -21,6 +22,8 @@ from data.reconstruct import KINDS
 from data.support import CHATML, Chat, PromptConfig, Sample, make_sample
 
 FILES = (".json", ".jsonl")
+AUGMENTATIONS = ("noise", "streams")  # those of data/clips.py that turns have
+DROPPED = ("video", "audio", "text")  # what "streams" leaves out; without its history a turn would be another one
 CLOSED = {"client_emotion": EMOTIONS, "therapist_emotion": EMOTIONS, "strategy": STRATEGIES}
 
 
@@ -50,7 +53,7 @@ class Streams(Protocol):
 
 
 class TurnData:
-    """The samples of a list of turns, the same in training and in evaluation.
+    """The samples of a list of turns, the same in training and in evaluation unless training is to augment them.
 
     `places` are the positions that a slot's value takes, as MllmConfig.places() tells them; with `compressed` the
     history becomes the slot of that name too.
@@ -69,6 +72,8 @@ class TurnData:
     ) -> None:
         self.turns, self.streams, self.cfg, self.chat = list(turns), streams, cfg, chat
         self.encode, self.places, self.most, self.compressed = encode, places, most, compressed
+        self.augment: dict[str, float] = {}
+        self.seed = 0
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -79,13 +84,26 @@ class TurnData:
         view.cfg = replace(self.cfg, prompt=replace(self.cfg.prompt, modalities=list(modalities)))
         return view
 
+    def augmented(self, probabilities: Mapping[str, float], seed: int) -> "TurnData":
+        """The same turns, with noise or with only some of DROPPED by these probabilities of AUGMENTATIONS."""
+        view = copy.copy(self)
+        view.augment, view.seed = dict(probabilities), seed
+        return view
+
     def sample(self, index: int, epoch: int = 0) -> Sample:
-        """Turn `index` as a sample; no pass over the data draws anything."""
-        turn = self.turns[index]
-        return self._made(turn, self.streams(turn, self.cfg.prompt.modalities))
+        """Turn `index` as a sample; only augmentation draws anything."""
+        turn, rng, view = self.turns[index], random.Random(f"{self.seed}/{epoch}/{index}"), self
+        given = self.cfg.prompt.modalities
+        noise, fewer = (rng.random() < self.augment.get(name, 0.0) for name in AUGMENTATIONS)
+        there = [name for name in DROPPED if name in given and name in {"text", *self.streams.slots(turn)}]
+        if fewer and len(there) > 1:
+            kept = some(there, rng)
+            view = self.only([name for name in given if name in kept or name not in there])
+        values = self.streams(turn, view.cfg.prompt.modalities)
+        return view._made(turn, noisy(values, rng) if noise else values)
 
     def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int:
-        """Positions that sample() takes; no clip is read for it."""
+        """Positions that sample() takes, where augmentation leaves nothing out; no clip is read for it."""
         turn = self.turns[index]
         sample = self._made(turn, dict.fromkeys(self.streams.slots(turn), torch.empty(0, 0)))
         sizes = (

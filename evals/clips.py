@@ -107,6 +107,7 @@ class ClipTask:
     """Clips of MERR's layout or of a manifest: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = emotion.METRICS, emotion.LOWER
+    FAST_THREADS = 1
     prepare_fast = staticmethod(prepare_fast)
     splits: dict[str, list[Clip]]
     tested: list[Clip]

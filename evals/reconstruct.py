@@ -28,6 +28,7 @@ class ReconstructTask:
     """
 
     METRICS, LOWER = ("loss", "token_accuracy"), ("loss",)
+    FAST_THREADS = 1
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.kind = cfg, cfg.support.reconstruct
@@ -44,7 +45,7 @@ class ReconstructTask:
             turns = load_turns(cfg.data, cfg.seed, cfg.evaluate, cfg.test, say)
             self.found = {split: histories(turns[split], self.kind) for split in turns}
 
-        return [self._check, lambda: check_data(cfg.data), read]
+        return [self._check, lambda: check_data(cfg.data, ()), read]
 
     def _check(self) -> None:
         """UserError where something else than the compressor would train, or there is none."""

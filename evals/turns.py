@@ -15,13 +15,13 @@ from common import config, dist
 from common.config import UserError
 from common.log import Logger, confusion_image, table_lines
 from data.chat import START, llama2
-from data.clips import DataConfig
+from data.clips import DataConfig, check_probabilities
 from data.mesc import Turn, Utterance, memory_text, read_turns
 from data.mock_support import make_support
 from data.prompts import Encode
 from data.streams import TurnStreams, clip_folder
 from data.support import CHATML, Chat, PromptConfig, Sample, format_target, segments
-from data.turns import CLOSED, SupportConfig, TurnData, load_turns
+from data.turns import AUGMENTATIONS, CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, sizes, support, tfidf
 from model.mllm import Mllm, MllmConfig, Standardised
 from model.stc import Unsuitable, load_projectors
@@ -40,9 +40,9 @@ FAST = {
     "support.answer_room": 64, "support.prompt.k_turn_history": 1, "support.prompt.context": False,
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
-    "optim.lr": 1.5e-3, "optim.mm_projector_lr": 4e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 20, "epochs": 8,
-    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 8, "save_every": 8,
+    "optim.lr": 1.5e-3, "optim.mm_projector_lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
+    "optim.warmup_steps": 20, "optim.beta2": 0.95, "epochs": 6,
+    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 6, "save_every": 6,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
 STAND_IN = Turn(
@@ -85,6 +85,7 @@ class TurnTask:
     """A file of turns: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
+    FAST_THREADS = 2
     prepare_fast = staticmethod(prepare_fast)
     turns: dict[str, list[Turn]]  # by split
     streams: TurnStreams
@@ -117,8 +118,11 @@ class TurnTask:
     def parts(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[TurnData]:
         """What is trained on."""
         self.streams.scan([turn for turns in self.turns.values() for turn in turns], self.data.max_bad, say)
-        train = self.made(self.turns["train"], tokenizer)
+        augment = self.data.augment(AUGMENTATIONS)
+        train = self.made(self.turns["train"], tokenizer).augmented(augment, self.cfg.seed)
         say(f"train: {len(train)} turns ({train.coverage()})")
+        if augment:
+            say(f"augmentation: {', '.join(f'{name} {p:g}' for name, p in augment.items())}")
         for name, counts in train.class_counts().items():
             say(f"  {name}: {counts}")
         if self.turns["valid"]:
@@ -253,14 +257,17 @@ def layout(tokenizer: Tokenizer) -> Chat:
     return CHATML if START in tokenizer.specials else llama2
 
 
-def check_data(data: DataConfig) -> None:
-    """UserError for settings that turns have no use for."""
+def check_data(data: DataConfig, known: Collection[str] = AUGMENTATIONS) -> None:
+    """UserError for settings that turns have no use for; `known` are the augmentations that they have one for."""
     given = {
         "curriculum": data.curriculum != "none", "replay": data.replay is not None,
-        "enable-augmentation": data.enable_augmentation, "speaker-norm": data.speaker_norm,
+        "enable-augmentation": data.enable_augmentation and not known, "speaker-norm": data.speaker_norm,
+        "speaker-swap": data.speaker_swap > 0,
     }  # fmt: skip
+    given |= {f"augmentations {name}": True for name in data.augmentations if name not in known}
     if unread := [name for name, on in given.items() if on]:
         raise UserError(f"--data.{unread[0]}: not for turns of dialogues ({data.data_root})")
+    check_probabilities(data)
 
 
 def open_streams(model: MllmConfig, cfg: SupportConfig, folder: Path, device: torch.device) -> TurnStreams:

@@ -162,6 +162,7 @@ def test_it_answers_nothing(stage1, toy, capsys):
         (["--lora-targets", "q_proj"], "trains the compressor alone, so not with --lora-targets"),
         (["--full", "--vision-tower", "framestats"], "trains the compressor alone, so not with --full, --vision-tower"),
         (["--data.curriculum", "both"], "--data.curriculum: not for turns of dialogues"),
+        (["--data.enable-augmentation"], "--data.enable-augmentation: not for turns of dialogues"),
         (["--metric", "accuracy"], "--metric accuracy: not a score of these data (loss, token_accuracy)"),
         (["--fast"], "--fast: not with --reconstruct"),
         (["--memory-tokens", 3], "no turn has a history of at most 3 tokens"),

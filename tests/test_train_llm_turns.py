@@ -227,6 +227,11 @@ def test_mistakes_are_one_line(small, root, tmp_path, capsys):
     assert fails("--data.curriculum", "length") == (
         f"--data.curriculum: not for turns of dialogues ({root / 'train.jsonl'})"
     )
+    augment = ["--data.enable-augmentation", "--data.augmentations"]
+    assert fails(*augment, "noise=0.5,frame=0.5") == (
+        f"--data.augmentations frame: not for turns of dialogues ({root / 'train.jsonl'})"
+    )
+    assert fails(*augment, "noise=2") == "--data.augmentations noise: 2 is no probability"
     assert fails("--image-path", tmp_path / "none").startswith(
         f"{root / 'train.jsonl'}: the folder of its clips was not"
     )

@@ -1,6 +1,7 @@
 """Turns as samples: which are in which split, what of them is seen, and what never changes from training to use."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -197,3 +198,27 @@ def test_fields_are_asked_as_they_are_known(tokenizer):
     sample = data(tokenizer, [unlabelled]).sample(0)
     assert "Client's emotion" not in sample.prompt + sample.target
     assert SimpleNamespace(**vars(sample)).target.startswith("Therapist's emotion: neutral \nTherapist's strategy:")
+
+
+def test_augmentation_adds_a_tenth_of_noise_and_leaves_some_streams_out_but_the_history(tokenizer, monkeypatch):
+    rows = {"video": torch.randn(4, 25, 12), "audio": 5 * torch.randn(3, 64)}
+    monkeypatch.setattr(Streams, "__call__", lambda _, turn, wanted: {n: v for n, v in rows.items() if n in wanted})
+    plain = data(tokenizer, [turn(1, 0)])
+    made = plain.augmented({"streams": 0.5}, seed=3)
+    kept = Counter(
+        (*each.values, "text" if "Client: " in each.prompt else "") for each in (made.sample(0, e) for e in range(400))
+    )
+    parts = {(*some, "history", words) for some in ((), *zip(rows), (*rows,)) for words in ("text", "")}
+    assert set(kept) == parts - {("history", "")}
+    assert 0.44 < kept[*rows, "history", "text"] / 400 < 0.56
+
+    noisy = plain.augmented({"noise": 1.0}, seed=3).sample(0).values
+    for name, value in rows.items():
+        assert 0.08 < float((noisy[name] - value).std() / value.std()) < 0.12
+    same = [plain.augmented({"noise": 0.5, "streams": 0.5}, seed).sample(0, 7) for seed in (4, 4, 5)]
+    assert same[0].pieces == same[1].pieces
+    assert all(torch.equal(same[0].values[name], same[1].values[name]) for name in same[0].values)
+    assert same[0].pieces != same[2].pieces or any(
+        not torch.equal(same[0].values[name], same[2].values[name]) for name in rows if name in same[0].values
+    )
+    assert torch.equal(plain.sample(0, 7).values["audio"], rows["audio"])

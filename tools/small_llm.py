@@ -17,8 +17,8 @@ class Config:
     turns: str = opt("datasets/mesc/train.jsonl", "training turns, whose words the vocabulary is fitted to", "--turns")
     out: str = opt("weights/small_qwen2", "folder for the model and its tokenizer", "--out")
     pieces: int = opt(3000, "size of the vocabulary", "--pieces")
-    hidden: int = opt(128, "width", "--hidden")
-    layers: int = opt(3, "layers", "--layers")
+    hidden: int = opt(96, "width", "--hidden")
+    layers: int = opt(2, "layers", "--layers")
     seed: int = opt(0, "seed of the weights", "--seed")
 
 

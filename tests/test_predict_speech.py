@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -21,6 +22,7 @@ from data.features import FeatureStore
 from data.manifest import Clip, read_manifest, write_manifest
 from data.meld import load_meld
 from model import encoders
+from tests.serving import request, served
 from tests.training import error, run
 
 WORDS = {"happy": "what a great day", "sad": "it is all over", "anger": "leave me alone now"}
@@ -122,6 +124,18 @@ def test_a_clip_gets_the_row_of_the_evaluation(spoken, trained):
     batched = answers(predictor, unseen(spoken), 5)
     assert list(batched) == [*expected]
     assert all(same(result, expected[id]) for id, result in batched.items())
+
+
+def test_over_http_a_clip_gets_the_same_answer(spoken, trained, tmp_path):
+    expected = rows(trained)
+    with served(predict.load(trained), tmp_path, root=spoken) as server:
+        for clip in unseen(spoken)[:3]:
+            body = {"data": [str(Path(clip.path).relative_to(spoken)), None, clip.text]}
+            status, answer, _ = request(server.port, "POST", "/api/predict", body)
+            assert (status, answer["label"]) == (200, expected[clip.id]["prediction"])
+            assert answer["probabilities"] == pytest.approx(expected[clip.id]["probabilities"], abs=6e-5)
+        status, answer, _ = request(server.port, "POST", "/api/predict", {"data": [None, "Why?", "Well."]})
+        assert (status, answer["code"]) == (400, "bad_request")
 
 
 def test_what_is_not_there_is_missing(spoken, trained, capsys):

@@ -18,6 +18,7 @@ from data.support import FIELDS, PromptConfig, parse_answer, segments
 from model.tokenizer import load_tokenizer
 from model.toy import make_toy_mamba, make_toy_qwen2
 from tests.conftest import FORK
+from tests.serving import request, served
 from tests.training import killed_saving, run, stopped_inside, weights
 
 ROOT = Path(train_llm.__file__).parent
@@ -174,13 +175,19 @@ def test_predictions_are_those_of_the_evaluation(finished, root, tmp_path):
         assert result["confidence"] == max(result["probabilities"].values())
 
 
-def test_one_clip_after_what_was_said_before(finished, root):
+def test_one_clip_after_what_was_said_before(finished, root, tmp_path):
     predictor = predict.load(finished)
     clip = next((root / "video_data").glob("*.mp4"))
     result = predictor(clip, text="I lost my keys.", turns=[("I am here.", "Welcome.")])
     assert result["available_modalities"] == ["video", "audio", "history", "text"]
     assert set(result["probabilities"]) == set(EMOTIONS.split(","))
     assert set(result["strategies"]) == set(STRATEGIES.split(","))
+    with served(predictor, tmp_path, root=root / "video_data") as server:
+        asked = {"video_path": clip.name, "text": "I lost my keys."}
+        status, answer, _ = request(server.port, "POST", "/process_video", asked)
+    alone = predictor(clip, text="I lost my keys.")
+    assert (status, answer["text"], answer["strategy"]) == (200, alone["answer"], alone["strategy"])
+    assert answer["probabilities"] == pytest.approx(alone["probabilities"], abs=6e-5)
     words = predictor(text="I lost my keys.")
     assert set(words["missing"]) == {"video", "audio", "history"}
     with pytest.raises(predict.MediaError, match="nothing to go by"):

@@ -13,7 +13,7 @@ from data import mock, mock_support
 from data.history import history_text
 from data.media import load_audio, load_frames, probe
 from data.mesc import EMOTIONS, STRATEGIES, leaks, read_turns
-from data.mock_support import make_support
+from data.mock_support import PLAIN, make_support
 from data.synth import draw_face, speak
 
 SIZES = {"train": 32, "val": 8, "test": 16}
@@ -54,7 +54,7 @@ def test_splits_hold_dialogues_and_sentences_of_their_own(turns):
         assert leaks(turns[a], turns[b]) == []
         assert not {turn.dialogue for turn in turns[a]} & {turn.dialogue for turn in turns[b]}
         sentences = [{turn.client.split(". ")[-1] for turn in turns[split]} for split in (a, b)]
-        assert not sentences[0] & sentences[1]
+        assert sentences[0] & sentences[1] <= {*PLAIN}  # what carries nothing
 
 
 def test_quarters_of_sentences_are_made_of_the_same_words():
@@ -70,7 +70,7 @@ def test_emotions_and_cues_are_balanced(turns, cues):
         assert set(counts) == set(LOOKS)
         assert max(counts.values()) - min(counts.values()) <= 1
     for name in ("video", "audio", "text"):
-        assert 0.3 < np.mean([name in carried for carried in cues.values()]) < 0.7
+        assert 0.2 < np.mean([name in carried for carried in cues.values()]) < 0.6
     assert {len(carried) for carried in cues.values()} == {1, 2}
 
 
@@ -107,6 +107,7 @@ def test_only_words_that_carry_the_emotion_name_it(every, cues):
     for turn in every:
         emotion = LOOKS[turn.client_emotion] if "text" in cues[turn.id] else "neutral"
         assert any(f" {phrase} " in turn.client for phrase in mock.EMOTIONS[emotion].phrases)
+        assert any(plain in turn.client for plain in PLAIN) == (emotion == "neutral")
 
 
 def test_clips_are_there_or_silent_or_missing(root, every, cues):

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from data.mock_mosei import make_mock
 from data.mosei import open_corpus
 from evals import sentiment
 from tests.conftest import FORK, drawn
+from tests.serving import request, served
 from tests.training import error, stopped_inside, weights
 from tests.training import run as run_script
 
@@ -180,8 +182,8 @@ def voices(tmp_path_factory):
     return folder, out, clips
 
 
-def test_a_raw_clip_gets_the_answer_of_the_report(voices):
-    _folder, out, clips = voices
+def test_a_raw_clip_gets_the_answer_of_the_report(voices, tmp_path):
+    folder, out, clips = voices
     best = json.loads((out / "results.json").read_text())["best"]["checkpoint"]
     rows = {row["id"]: row for row in csv.DictReader(open(out / "eval" / "mosei" / best / "predictions.csv"))}
     predictor = predict.load(out)
@@ -192,6 +194,12 @@ def test_a_raw_clip_gets_the_answer_of_the_report(voices):
             assert p == pytest.approx(float(rows[clip.id][name]), abs=1e-4)
         assert result["available_modalities"] == (["text"] if clip.id == "silent" else ["text", "audio"])
     assert len(rows) == 7
+    with served(predictor, tmp_path, root=folder) as server:
+        asked = {"video_path": Path(clips[24].path).name, "text": clips[24].text}
+        status, answer, _ = request(server.port, "POST", "/process_video", asked)
+    alone = predictor(clips[24])
+    assert (status, answer["label"]) == (200, alone["emotion"])
+    assert answer["score"] == pytest.approx(alone["score"], abs=6e-5)
 
 
 def test_raw_clips_that_lack_something(voices, tmp_path, capsys):

@@ -52,7 +52,7 @@ class Config:
         choices=("sqrt", "inverse", "none"),
     )  # fmt: skip
     shuffle_labels: bool = opt(False, "control: train on labels dealt out at random", "--shuffle-labels")
-    label_smoothing: float = opt(0.1, "share of a target spread over all classes", "--label-smoothing")
+    label_smoothing: float = opt(0.1, "share of a target spread over all classes", "--label-smoothing", share=True)
     lr: float = opt(1e-3, "learning rate", "--lr")
     min_lr: float = opt(0.0, "learning rate at the end of a schedule", "--min-lr")
     warmup_steps: int = opt(0, "steps of linear warm-up", "--warmup-steps")

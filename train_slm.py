@@ -52,7 +52,7 @@ class Config:
         "--clap-ckpt",
     )  # fmt: skip
     shuffle_labels: bool = opt(False, "control: train on labels dealt out at random", "--shuffle-labels")
-    label_smoothing: float = opt(0.0, "share of a target spread over all classes", "--label-smoothing")
+    label_smoothing: float = opt(0.0, "share of a target spread over all classes", "--label-smoothing", share=True)
     ema: float = opt(0.0, "decay of averaged weights, which are then scored and kept as best; 0: none", "--ema")
     lr: float = opt(1e-4, "learning rate", "--lr")
     min_lr: float = opt(1e-6, "learning rate at the end of a cosine", "--min-lr")

@@ -103,9 +103,15 @@ def opt(
     choices: Sequence[Any] | None = None,
     span: tuple[float, float] | None = None,
     bare: str | None = None,
+    share: bool = False,
 ) -> Any:
-    """A config field: default, one line of meaning, short flags, choices, a published range, value of the bare flag."""
-    metadata = {"help": help, "flags": flags, "choices": tuple(choices or ()), "span": span, "bare": bare}
+    """A config field: default, one line of meaning, short flags, choices, a published range, value of the bare flag.
+
+    `span` only warns; a `share` beyond 0 and 1 is refused.
+    """
+    metadata = {
+        "help": help, "flags": flags, "choices": tuple(choices or ()), "span": span, "bare": bare, "share": share
+    }  # fmt: skip
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
 

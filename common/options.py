@@ -25,6 +25,7 @@ class Option:
     choices: tuple[Any, ...] = ()
     span: tuple[float, float] | None = None
     bare: str | None = None
+    share: bool = False  # from 0 to 1
 
     @property
     def section(self) -> str:
@@ -70,6 +71,8 @@ def read(raw: Any, option: Option) -> Any:
         parts = [value]
     if wrong := [part for part in parts if option.choices and part not in option.choices]:
         raise ValueError(f"{wrong[0]!r} is not one of {', '.join(map(str, option.choices))}")
+    if beyond := [part for part in parts if option.share and not 0 <= float(part) <= 1]:
+        raise ValueError(f"{beyond[0]} is not from 0 to 1")
     return value
 
 

@@ -29,7 +29,7 @@ Sources = dict[str, dict[str, Any]]  # stream -> {"dim", "kind": dense or ids, "
 @dataclass
 class ClapConfig:
     proj_dim: int = opt(768, "width of the shared space", "--proj-dim")
-    dropout: float = opt(0.1, "dropout of the projections while they train")
+    dropout: float = opt(0.1, "dropout of the projections while they train", share=True)
     temperature: float = opt(0.07, "what similarities are divided by at the start of training", "--temperature")
     max_scale: float = opt(100.0, "largest factor that training may give similarities")
     bag_dim: int = opt(128, "width that hashed words are embedded to")

@@ -32,7 +32,7 @@ class MeldConfig:
     hidden_dim: int = opt(
         1024, "width of the head's hidden layer; 0: hashed words speak for classes themselves", "--hidden-dim"
     )
-    dropout: float = opt(0.2, "dropout before the last layer", "--dropout")
+    dropout: float = opt(0.2, "dropout before the last layer", "--dropout", share=True)
     context: int = opt(0, "utterances before this one whose emotions, as far as told, are weighed in", "--context")
     bag_dim: int = opt(16, "width that hashed words are embedded to")
 

@@ -29,10 +29,10 @@ class SlmConfig:
         choices=("normalised", "original"),
     )  # fmt: skip
     hidden_dim: int = opt(1024, "width of the hidden layer", "--hidden-dim")
-    dropout: float = opt(0.1, "dropout before the last layer", "--dropout")
-    input_dropout: float = opt(0.0, "dropout of what fronts make of sound and words", "--input-dropout")
+    dropout: float = opt(0.1, "dropout before the last layer", "--dropout", share=True)
+    input_dropout: float = opt(0.0, "dropout of what fronts make of sound and words", "--input-dropout", share=True)
     modality_dropout: float = opt(
-        0.15, "chance that sound or words are hidden while training, never both", "--modality-dropout"
+        0.15, "chance that sound or words are hidden while training, never both", "--modality-dropout", share=True
     )
 
 

@@ -64,6 +64,8 @@ def test_a_type_no_option_can_hold() -> None:
         (7, option(list, int), [7]),
         ({"a": 1, "b": "2e0"}, option(dict, float), {"a": 1.0, "b": 2.0}),
         ("a,a,b=3", option(dict, int), {"a": 2, "b": 3}),
+        ("1", option(float, share=True), 1.0),
+        ("none", option(float, optional=True, share=True), None),
     ],
 )
 def test_read(raw: Any, into: Option, value: Any) -> None:
@@ -83,6 +85,9 @@ def test_read(raw: Any, into: Option, value: Any) -> None:
         (["a"], option(str), "['a'] is not a str"),
         (["a", "c"], option(list, str, choices=("a", "b")), "'c' is not one of a, b"),
         ("a=1,c=2", option(dict, float, choices=("a", "b")), "'c' is not one of a, b"),
+        ("1.5", option(float, share=True), "1.5 is not from 0 to 1"),
+        (-0.1, option(float, share=True), "-0.1 is not from 0 to 1"),
+        ("nan", option(float, share=True), "nan is not from 0 to 1"),
     ],
 )
 def test_read_errors(raw: Any, into: Option, message: str) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from common import checkpoint, config, dist
 from common.config import UserError, from_dict, opt
-from data.clips import DataConfig, Sample, make_sample
+from data.clips import ClipSample, DataConfig, make_sample
 from data.features import Memory, encode_clip
 from data.manifest import Clip, read_manifest
 from data.media import MediaError
@@ -233,7 +233,7 @@ class LlmPredictor(LanguagePredictor):
         video: Any = None,
         features: dict | None = None,
         turns: Sequence[tuple[str, str]] = (),
-    ) -> tuple[Sample, dict[str, str]]:
+    ) -> tuple[ClipSample, dict[str, str]]:
         """The clip as a prompt, and why each absent stream is absent."""
         clip, values, missing = self.read(clip, audio, video, features or {})
         return self.ask(clip, values, question, turns), missing
@@ -271,7 +271,7 @@ class LlmPredictor(LanguagePredictor):
 
     def ask(
         self, clip: Clip, values: dict[str, torch.Tensor], question: str | None, turns: Sequence[tuple[str, str]] = ()
-    ) -> Sample:
+    ) -> ClipSample:
         """The prompt of a question about a clip that read() has read, after earlier turns."""
         task, asked = self._asked(question)
         turns = [("[{}] {}".format(*self._asked(earlier)), said) for earlier, said in turns]
@@ -285,7 +285,7 @@ class LlmPredictor(LanguagePredictor):
 
     def answer(
         self,
-        samples: list[Sample],
+        samples: list[ClipSample],
         question: str | None,
         missing: dict[str, dict[str, str]],
         follow: Follow | None = None,
@@ -297,7 +297,7 @@ class LlmPredictor(LanguagePredictor):
         results |= {result["id"]: result for result in self._answers(known, question, missing, follow)}
         return [results[sample.id] for sample in samples]
 
-    def _standardize(self, samples: list[Sample]) -> set[str]:
+    def _standardize(self, samples: list[ClipSample]) -> set[str]:
         """Standardises utterance features by speaker; the ids of those that no other clip of theirs stands beside."""
         alone = set()
         slots = self.mllm.cfg.features
@@ -313,7 +313,7 @@ class LlmPredictor(LanguagePredictor):
         return alone
 
     def _answers(
-        self, samples: list[Sample], question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None
+        self, samples: list[ClipSample], question: str | None, missing: dict[str, dict[str, str]], follow: Follow | None
     ) -> list[dict]:
         if not samples:
             return []

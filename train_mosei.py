@@ -36,7 +36,7 @@ from model.seeds import statistics
 PLACES = ("datasets/mosei", "data/mosei")  # the second is where the guide has it
 # --fast with a data set is the guide's quick preset; without one, a small set is made and learnt in full
 FAST = {"batch_size": 8, "epochs": 5, "patience": 2, "lr": 1e-4}
-GATHERED = 16 * 2**20  # bytes of frames gathered at a time
+GATHERED = 4 * 2**20  # bytes of frames gathered at a time: what a cache holds until it is read
 MOCK = 1500  # utterances of the synthetic set
 FAST_MOCK = {"batch_size": 16, "epochs": 30, "patience": 8, "lr": 1e-3, "model.dropout": 0.4, "weight_decay": 0.05}
 
@@ -54,7 +54,7 @@ class Config:
     max_frames: int = opt(500, "frames of an utterance; what is longer is cut", "--max-frames")
     feature_noise: float = opt(0.0, "deviation of noise on standardised features while training", "--feature-noise")
     class_weights: str = opt("none", "inverse class frequency, its root, or none", choices=("none", "inverse", "sqrt"))
-    label_smoothing: float = opt(0.0, "share of a target spread over all classes", "--label-smoothing")
+    label_smoothing: float = opt(0.0, "share of a target spread over all classes", "--label-smoothing", share=True)
     shuffle_labels: bool = opt(False, "control: train on labels dealt out at random", "--shuffle-labels")
     lr: float = opt(1e-4, "learning rate", "--lr")
     min_lr: float = opt(1e-7, "lowest learning rate of a schedule", "--min-lr")
@@ -360,9 +360,9 @@ def step_loss(
     """Logits (K, B, C), each seed's part (K,) of the mean loss over the step's `rows`, and of the auxiliary losses."""
     if cfg.feature_noise:
         x = {m: value + cfg.feature_noise * torch.randn_like(value) for m, value in x.items()}
-    if cfg.model.hide:
-        mask = hide(mask, cfg.model.hide)
-    if cfg.feature_noise or cfg.model.hide:
+    if hiding := (cfg.model.hide > 0 or cfg.model.hide_whole > 0):
+        mask = hide(mask, cfg.model.hide, cfg.model.hide_whole)
+    if cfg.feature_noise or hiding:
         x = {m: torch.where(mask[m][..., None], value, 0.0) for m, value in x.items()}
     videos = None
     if cfg.model.context == "video":
@@ -379,14 +379,21 @@ def step_loss(
     return logits, loss.sum(1) / rows, added
 
 
-def hide(mask: dict[str, Tensor], chance: float) -> dict[str, Tensor]:
-    """Hides whole modalities of an utterance, text with two thirds of the chance; where none would be left, none."""
+def hide(mask: dict[str, Tensor], chance: float, whole: float = 0.0) -> dict[str, Tensor]:
+    """Hides modalities of an utterance, text with two thirds of the chance; where none would be left, none.
+
+    Then hides utterances with all they have, with the chance `whole`.
+    """
     kept = {}
     for m, there in mask.items():
         shown = torch.rand(there.shape[:2], device=there.device) >= (chance * 2 / 3 if m == "text" else chance)
         kept[m] = there & shown[..., None]
     some = torch.stack([there.any(-1) for there in kept.values()]).any(0)[..., None]
-    return {m: torch.where(some, kept[m], mask[m]) for m in mask}
+    left = {m: torch.where(some, kept[m], mask[m]) for m in mask}
+    if not whole:
+        return left
+    shown = torch.rand(some.shape, device=some.device) >= whole
+    return {m: there & shown for m, there in left.items()}
 
 
 def class_weights(target: Tensor, cfg: Config) -> Tensor | None:

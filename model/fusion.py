@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.config import from_dict, opt
 from common.weights import check_names, check_shapes, read_tensors
-from model.seeds import Layer, Linear, Norm, Standardized, heads, masked_mean, start
+from model.seeds import Layer, Linear, Norm, Standardized, masked_mean, start
 
 SENTIMENTS = (
     "strong_negative", "negative", "weak_negative", "neutral", "weak_positive", "positive", "strong_positive"
@@ -46,17 +46,22 @@ class FusionConfig:
     head: str = opt("7", "classes of sentiment, its score, or six emotions", "--head", choices=tuple(HEADS))
     fusion_dim: int | None = opt(None, "width; default: the model's own", "--fusion-dim")
     layers: int = opt(2, "layers of xfuse and mult", "--layers")
-    dropout: float | None = opt(None, "dropout; default: the model's own", "--dropout")
+    dropout: float | None = opt(None, "dropout; default: the model's own", "--dropout", share=True)
     modality_dropout: float | None = opt(
         None, "chance that a modality is hidden while training, at least one stays; default: the model's own",
-        "--modality-dropout",
+        "--modality-dropout", share=True,
     )  # fmt: skip
     latents: int = opt(8, "tokens that xfuse compresses longer audio and video to")
     rank: int = opt(4, "rank of lmf's factors")
     unimodal: float = opt(0.2, "weight of xfuse's auxiliary loss on each modality alone")
     context: str = opt(
-        "none", "video: the utterances of a video attend to each other", "--context", choices=("none", "video")
-    )
+        "none", "video: an utterance is read with those before and after it in its video", "--context",
+        choices=("none", "video"),
+    )  # fmt: skip
+    context_dropout: float = opt(
+        0.5, "chance that an utterance is hidden while training with --context, so that those around it must tell",
+        share=True,
+    )  # fmt: skip
     normalize: bool = opt(True, "standardise by train-split statistics kept in the checkpoint", "--normalize")
     clip_sigma: float = opt(5.0, "standardised values are cut here")
 
@@ -71,6 +76,10 @@ class FusionConfig:
     @property
     def hide(self) -> float:
         return OPEN[self.model][2] if self.modality_dropout is None else self.modality_dropout
+
+    @property
+    def hide_whole(self) -> float:
+        return self.context_dropout if self.context == "video" else 0.0
 
 
 class Tokens(nn.Module):
@@ -223,20 +232,32 @@ class MulT(nn.Module):
 
 
 class Context(nn.Module):
-    """The utterances of a video (K, V, U, d) attend to each other, with a learned bias for their distance."""
+    """What the utterances of a video (K, V, U, d) hear of each other: gated means of those before, and of those after.
 
-    REACH = 16  # utterances; what is further counts as that far
+    h_t = (1 - g_t) h_{t-1} + g_t v_t, gate and value of utterance t alone (minGRU: Feng et al., arXiv 2410.01201), half
+    of the width in each direction. No gate waits for a state, so seven doublings compute all utterances at once.
+    """
+
+    SPANS = (1, 2, 4, 8, 16, 32, 64)  # utterances up to 127 away are heard
 
     def __init__(self, k: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.layer = Layer(k, width, dropout)
-        self.distance = nn.Parameter(torch.zeros(k, heads(width), 2 * self.REACH + 1))
+        self.gate, self.value, self.drop = Linear(k, width, width), Linear(k, width, width), nn.Dropout(dropout)
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        place = torch.arange(z.shape[2], device=z.device)
-        gap = (place[None] - place[:, None]).clamp(-self.REACH, self.REACH) + self.REACH
-        bias = self.distance.index_select(2, gap.flatten()).unflatten(2, gap.shape)  # (K, H, U, U)
-        return self.layer(z, mask, bias=bias)
+        z, size = self.drop(z), z.shape[2]
+        gate = self.gate(z).sigmoid() * mask[..., None]  # what is not there lets everything through
+        heard, kept = _turned(gate * self.value(z)), _turned(1 - gate)
+        for span in self.SPANS:
+            heard = heard + kept * F.pad(heard, (0, 0, span, 0))[:, :, :size]
+            kept = kept * F.pad(kept, (0, 0, span, 0))[:, :, :size]
+        return _turned(heard).tanh()
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x (K, V, U, d) with the second half of d from the last utterance to the first."""
+    forward, backward = x.tensor_split(2, -1)
+    return torch.cat([forward, backward.flip(2)], -1)
 
 
 KINDS: dict[str, Any] = {"mlp": Mlp, "xfuse": XFuse, "tfn": Tfn, "lmf": Lmf, "mult": MulT}

@@ -41,20 +41,18 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of x (K, B, S, d) on y (K, B, T, d) where `mask` (K, B, T) holds, with a bias (K, H, S, T) or none."""
+    """Attention of x (K, B, S, d) on y (K, B, T, d) where `mask` (K, B, T) holds."""
 
     def __init__(self, k: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.q, self.kv, self.out = Linear(k, width, width), Linear(k, width, 2 * width), Linear(k, width, width)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         k, b, s, d = x.shape
         q = self.q(x).view(k * b, s, self.heads, -1).transpose(1, 2)  # (K * B, H, S, d / H)
         key, value = self.kv(y).view(k * b, y.shape[2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         allowed = mask.reshape(k * b, 1, 1, -1)
-        if bias is not None:
-            allowed = bias.repeat_interleave(b, 0).masked_fill(~allowed, -torch.inf)
         p = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, key, value, allowed, p)
         return self.out(x.transpose(1, 2).reshape(k, b, s, d))
@@ -70,9 +68,9 @@ class Layer(nn.Module):
         self.up, self.down = Linear(k, width, 2 * width), Linear(k, 2 * width, width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, y: Tensor | None = None) -> Tensor:
         own = self.norm(x)
-        x = x + self.drop(self.attention(own, own if self.norm_y is None else self.norm_y(y), mask, bias))
+        x = x + self.drop(self.attention(own, own if self.norm_y is None else self.norm_y(y), mask))
         return x + self.drop(self.down(self.drop(F.gelu(self.up(self.norm_ff(x))))))
 
 
@@ -129,8 +127,8 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
 def start(module: nn.Module, seeds: Sequence[int]) -> None:
     """Draws each seed's weights from its own generator, so that it begins alike alone and among others.
 
-    Matrices are Xavier-uniform, convolutions Kaiming-uniform, other free parameters small; biases, scales and distances
-    stay as they were made.
+    Matrices are Xavier-uniform, convolutions Kaiming-uniform, other free parameters small; biases and scales stay as
+    they were made.
     """
     for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -138,5 +136,5 @@ def start(module: nn.Module, seeds: Sequence[int]) -> None:
             if name.endswith("weight"):
                 draw = nn.init.xavier_uniform_ if p.ndim == 3 else nn.init.kaiming_uniform_
                 draw(p[i], generator=generator)
-            elif not name.endswith(("bias", "scale", "distance")):
+            elif not name.endswith(("bias", "scale")):
                 p[i].normal_(std=0.02, generator=generator)

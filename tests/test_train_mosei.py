@@ -307,7 +307,7 @@ def settled(name, value):
 @pytest.mark.parametrize("context", ["none", "video"])
 def test_seeds_side_by_side_end_where_each_ends_alone(mock, tmp_path, context):
     still = ["--dropout", 0, "--modality-dropout", 0, "--epochs", 2, "--batch-size", 16, "--fusion-dim", 16]
-    argv = ["--data-dir", mock, *still, "--context", context, "--no-test"]
+    argv = ["--data-dir", mock, *still, "--context", context, "--model.context-dropout", 0, "--no-test"]
     assert train([*argv, "--seed", 3, "--seeds", 2, "--out", tmp_path / "both"]) == 0
     both = load_file(tmp_path / "both" / "checkpoints" / "last" / "model.safetensors")
     for k, seed in enumerate((3, 4)):
@@ -316,6 +316,23 @@ def test_seeds_side_by_side_end_where_each_ends_alone(mock, tmp_path, context):
         for name, value in alone.items():
             part = both[name] if name.startswith(("mean", "std")) else both[name][k : k + 1]
             torch.testing.assert_close(settled(name, part), settled(name, value), rtol=1e-3, atol=1e-5)
+
+
+def test_modalities_are_hidden_but_never_the_last_and_utterances_whole():
+    torch.manual_seed(0)
+    mask = {m: torch.ones(2, 4000, 3, dtype=torch.bool) for m in ("text", "audio", "video")}
+    mask["audio"][:, :2000] = mask["video"][:, :2000] = False
+    left = train_mosei.hide(mask, 0.6)
+    assert all(left[m].any(-1).equal(left[m].all(-1)) for m in mask)
+    assert left["text"][:, :2000].all()  # nothing else would be left of these
+    assert torch.stack([part.any(-1) for part in left.values()]).any(0).all()
+    gone = [1 - part[:, 2000:].any(-1).float().mean().item() for part in left.values()]
+    # 0.4, 0.6 and 0.6, but for the 0.144 in which none would be left
+    assert gone == pytest.approx([0.256, 0.456, 0.456], abs=0.03)
+    left = train_mosei.hide(mask, 0.0, 0.3)
+    heard = left["text"].all(-1)
+    assert 1 - heard.float().mean() == pytest.approx(0.3, abs=0.03)
+    assert all(part.equal(mask[m] & heard[..., None]) for m, part in left.items())
 
 
 # ---- schedule and early stopping
@@ -332,6 +349,11 @@ def test_a_stopped_seed_stays_as_it_is(mock, tmp_path):
 
 
 # ---- mistakes
+
+
+@pytest.mark.parametrize("flag", ["--dropout", "--modality-dropout", "--model.context-dropout", "--label-smoothing"])
+def test_no_chance_is_above_one(fails, flag):
+    assert fails("--fast", flag, 1.5) == f"{flag}: 1.5 is not from 0 to 1"
 
 
 def test_no_data_names_the_places_and_the_way_out(fails, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from common import checkpoint
 from common.config import UserError
 from model import fusion
 from model.fusion import HEADS, Fusion, FusionConfig
-from model.seeds import statistics
+from model.seeds import heads, statistics
 
 DIMS = {"text": 7, "audio": 5, "video": 4}
 FRAMES = {"text": 4, "audio": 11, "video": 9}  # audio and video are longer than xfuse's latents
@@ -484,7 +484,7 @@ def test_a_layer_is_pytorchs_encoder_layer(k):
     mask = torch.rand(k, b, t, generator=generator) < 0.6
     mask[..., 2] = True
     out = layer(x, mask)
-    assert layer.attention.heads == fusion.heads(width) == 4
+    assert layer.attention.heads == heads(width) == 4
     for i in range(k):
         plain = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.3, "gelu", batch_first=True, norm_first=True).eval()
         a = layer.attention
@@ -504,7 +504,7 @@ def test_a_layer_is_pytorchs_encoder_layer(k):
 
 @pytest.mark.parametrize(("width", "expected"), [(1, 1), (8, 1), (16, 2), (40, 1), (64, 8), (128, 8), (96, 4)])
 def test_heads_divide_the_width(width, expected):
-    assert fusion.heads(width) == expected
+    assert heads(width) == expected
     assert width % expected == 0
 
 
@@ -603,8 +603,6 @@ def test_the_order_of_utterances_counts():
     order = [4, 2, 0, 5, 3, 1]
     turned = [{m: value[:, order] for m, value in part.items()} for part in (x, mask)]
     assert not torch.allclose(video_logits(model, *turned, 6), out[:, order], atol=1e-4)
-    model.context.distance.data.zero_()  # by their distance alone
-    close(video_logits(model, *turned, 6), video_logits(model, x, mask, 6)[:, order])
 
 
 def test_padding_of_a_video_changes_nothing():
@@ -616,37 +614,27 @@ def test_padding_of_a_video_changes_nothing():
 
 
 @pytest.mark.parametrize("seeds", [(5,), SEEDS], ids=["one seed", "three"])
-def test_context_is_attention_with_a_bias_for_distance(seeds):
-    """One utterance after the other in float64; what is further than 16 counts as 16 away."""
-    k, size, width = len(seeds), 21, 16
+def test_context_is_a_gated_mean_of_what_came_before_and_of_what_comes_after(seeds):
+    """One utterance after the other in float64; one that is not there, be it in the middle, passes by."""
+    k, size, width = len(seeds), 128, 6
     context = fusion.Context(k, width, 0.2).eval()
     generator = torch.Generator().manual_seed(0)
     for p in context.parameters():
-        p.data.copy_(0.5 * torch.randn(p.shape, generator=generator))
+        p.data.copy_(torch.randn(p.shape, generator=generator))
+    context.gate.bias.data -= 5.0  # the first utterance is still heard by the last
     z = torch.randn(k, 2, size, width, generator=generator)
     mask = torch.ones(k, 2, size, dtype=torch.bool)
-    mask[:, 1, 17:] = False
+    mask[:, 1, 100:] = mask[:, 1, 40:43] = False
     out = context(z, mask).double()
-    layer = context.layer
     for i, video in itertools.product(range(k), range(2)):
         x = z[i, video].double()
-
-        def norm(part, value, i=i):
-            return F.layer_norm(value, (width,), part.scale[i].double(), part.bias[i].double())
-
-        q = linear(layer.attention.q, i, norm(layer.norm, x)).view(size, 2, 8)
-        key, value = linear(layer.attention.kv, i, norm(layer.norm, x)).view(size, 2, 2, 8).unbind(1)
-        read = torch.zeros(size, 2, 8, dtype=torch.float64)
-        for a, head in itertools.product(range(size), range(2)):
-            seen = [b for b in range(size) if mask[i, video, b]]
-            scores = torch.stack([
-                q[a, head] @ key[b, head] / 8**0.5 + context.distance[i, head, 16 + max(-16, min(16, b - a))]
-                for b in seen
-            ])  # fmt: skip
-            read[a, head] = scores.softmax(0) @ value[seen, head]
-        x = x + linear(layer.attention.out, i, read.flatten(1))
-        x = x + linear(layer.down, i, F.gelu(linear(layer.up, i, norm(layer.norm_ff, x))))
-        close(out[i, video], x, 1e-4)
+        gate, value = linear(context.gate, i, x).sigmoid(), linear(context.value, i, x)
+        for part, places in ((slice(0, 3), range(size)), (slice(3, 6), range(size)[::-1])):
+            state = torch.zeros(3, dtype=torch.float64)
+            for u in places:
+                if mask[i, video, u]:
+                    state = (1 - gate[u, part]) * state + gate[u, part] * value[u, part]
+                close(out[i, video, u, part], state.tanh(), 1e-5)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------

@@ -125,8 +125,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError(f"--seed: {cfg.seed} is negative")
     cfg = deepspeed.apply(cfg, here.world, say)
     if cfg.fast:
-        # its matrices are too small for more threads to pay
-        torch.set_num_threads(min(task_of(cfg).FAST_THREADS, torch.get_num_threads()))
+        torch.set_num_threads(1)  # its matrices are too small for more to pay
         dist.connect(here, bool(cfg.shard))
         cfg = dist.main_first(here, partial(task_of(cfg).prepare_fast, cfg))
     if here.device.type == "cpu":

@@ -92,17 +92,11 @@ class DataConfig:
 
 
 @dataclass
-class Sample:
-    """One prompt: token ids and slot names, the answer's ids, the slots' values (rows, width), and their wording."""
+class ClipSample(prompts.Sample):
+    """The sample of a clip under the label that is trained, and what was asked."""
 
-    id: str
-    pieces: list[list[int] | str]
-    answer: list[int]
-    values: dict[str, Tensor]
     label: str | None
     task: str
-    prompt: str
-    target: str
     path: str | None = None  # of the clip's media, and which part of it in seconds
     start: float | None = None
     end: float | None = None
@@ -119,7 +113,7 @@ def make_sample(
     slots: Sequence[str],
     target: str | None = None,
     turns: Sequence[tuple[str, str]] = (),
-) -> Sample:
+) -> ClipSample:
     """The sample of one clip; a slot without a value, or a text that is not known, is left out of the prompt.
 
     `turns`: (question, answer) of what was asked about the clip before; the first question has the clip beside it.
@@ -136,8 +130,8 @@ def make_sample(
     pieces = prompts.encode_segments(segments, encode)
     shown = "".join(segment if isinstance(segment, str) else f"<{segment.name}>" for segment in segments)
     answer = prompts.encode_answer(target, encode) if target is not None else []
-    return Sample(
-        clip.id, pieces, answer, values, clip.label, task, shown, target or "", clip.path, clip.start, clip.end,
+    return ClipSample(
+        clip.id, pieces, answer, values, shown, target or "", clip.label, task, clip.path, clip.start, clip.end,
         clip.speaker,
     )  # fmt: skip
 
@@ -380,21 +374,19 @@ class ClipData:
             raise UserError(f"--data.curriculum {how}: no clip has a description for the tasks {tasks}")
         return [(difficulty, index) for difficulty, _, index in sorted(ranked)]
 
-    def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> Sample:
+    def sample(self, index: int, epoch: int = 0, task: str | None = None, question: str | None = None) -> ClipSample:
         """Clip `index` as a sample; training draws task, question, augmentation; evaluation asks the first question."""
         clip, rng, asked = self._asked(index, epoch, task, question)
         clip, values = (clip, self.features(clip)) if rng is None else self._augmented(clip, rng)
         return self._made(clip, values, *asked)
 
-    def tokens(self, index: int, epoch: int, places: Callable[[str], int]) -> int:
+    def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int:
         """Positions that sample() takes, whose slots take `places`, where augmentation leaves no stream out.
 
         Nothing is read for it.
         """
         clip, _, asked = self._asked(index, epoch)
-        sample = self._made(clip, dict.fromkeys(self.features.slots(clip), torch.empty(0)), *asked)
-        prompt = (places(piece) if isinstance(piece, str) else len(piece) for piece in sample.pieces)
-        return sum(prompt) + len(sample.answer)
+        return self._made(clip, dict.fromkeys(self.features.slots(clip), torch.empty(0)), *asked).positions(places)
 
     def _asked(
         self, index: int, epoch: int, task: str | None = None, question: str | None = None
@@ -411,7 +403,7 @@ class ClipData:
         target = prompts.target(raw, self.cfg.prompt_layout) if raw is not None else None
         return replace(clip, label=label), rng, (task, question, target)
 
-    def _made(self, clip: Clip, values: dict[str, Tensor], task: str, question: str, target: str | None) -> Sample:
+    def _made(self, clip: Clip, values: dict[str, Tensor], task: str, question: str, target: str | None) -> ClipSample:
         return make_sample(clip, values, self.cfg, self.encode, task, question, list(self.features.rows), target)
 
     def _draws(self, name: str, rng: random.Random) -> bool:

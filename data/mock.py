@@ -185,9 +185,14 @@ def _plan(split: str, n: int, seed: int, labels: tuple[str, ...], odd: int) -> l
     return plans
 
 
-def sentence(label: str, quarters: Collection[int], rng: np.random.Generator) -> tuple[str, str]:
-    """A random sentence and its topic; each of the four quarters of all sentences is made of the same words."""
-    phrases = EMOTIONS[label].phrases
+def sentence(
+    label: str, quarters: Collection[int], rng: np.random.Generator, kinds: int | None = None
+) -> tuple[str, str]:
+    """A random sentence with one of the emotion's phrases, or of its first `kinds`, and the sentence's topic.
+
+    Each of the four quarters of all sentences is made of the same words.
+    """
+    phrases = EMOTIONS[label].phrases[:kinds]
     opening, phrase = int(rng.integers(len(OPENINGS))), int(rng.integers(len(phrases)))
     topics = [topic for i, topic in enumerate(TOPICS) if (opening + phrase + i) % 4 in quarters]
     topic = topics[rng.integers(len(topics))]

@@ -5,7 +5,7 @@ $ python -m data.mock_support --out datasets/mock_support --train 400 --test 80
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from common.config import opt, run
 from data import mock
 from data.mesc import Dialogue, Turn, Utterance, dialogue_turns, write_turns
-from data.synth import FPS, SAMPLE_RATE, draw_face, speak
+from data.synth import FPS, SAMPLE_RATE, Face, draw_face, speak
 
 MODALITIES = ("video", "audio", "text")
 # which of them carry a turn's emotion; a face takes a connector longest to read, so half of the turns have nothing else
@@ -21,6 +21,8 @@ CUES = ((1, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1))
 QUARTERS = {"train": (2, 3), "val": (1,), "test": (0,)}  # of the client's sentences
 # the client's emotions: how they look, sound and read
 SHOWN = {"anger": "angry", "sadness": "sad", "joy": "happy", "fear": "fear", "neutral": "neutral"}
+STRENGTH = 1.5  # of an expression, times that of data/mock.py: the plainer a face, the sooner a connector reads it
+PHRASES = 2  # of an emotion, of the four that data/mock.py has
 SHARED = ("sadness", "joy")  # what the therapist feels with the client
 # What the therapist does, by what the client felt when it spoke before: the words of a history are neutral, so that
 # this is told by the compressor's text alone, and it has nothing to do with what the client feels now.
@@ -39,7 +41,7 @@ NODS = ("I see.", "Go on.")
 # model would sooner learn by heart than look at a face.
 PLAIN = {"I was thinking of the weekend.": "weekend", "I am looking at the calendar.": "calendar",
          "I am reading about the weather.": "weather"}  # fmt: skip
-OPENERS = ("Well.", "You see.", "It is like this.")  # what the client says before its sentence, one a clip
+OPENER = "Well."  # what the client says before its sentence where there are two clips
 PROBLEMS = ("Work and study", "Friends and family", "Everyday life")
 
 
@@ -59,7 +61,7 @@ def make_support(
     """Write train.jsonl, val.jsonl and test.jsonl with so many turns to `folder`, one of a dialogue, and their clips.
 
     The clips, of about 1 s and size x size pixels, are in video_data. Of 16 turns one has no clip and one a silent
-    clip; the others have one to three. cues.csv says which modalities carry the client's emotion; the others are
+    clip; the others have one or two. cues.csv says which modalities carry the client's emotion; the others are
     neutral. All but the clips' bytes, which are the encoders', depends on the arguments only, not on `workers`.
     UserError: a folder that holds something else.
     """
@@ -84,7 +86,7 @@ def _plan(split: str, first: int, n: int, seed: int) -> list[Plan]:
     plans = []
     for i, (k, j) in enumerate(zip(rng.permutation(n), rng.permutation(n), strict=True)):
         emotion, cues = emotions[k % len(emotions)], CUES[k // len(emotions) % len(CUES)]
-        clips, silent = int(rng.integers(1, 4)), i % 16 == 11
+        clips, silent = int(rng.integers(1, 3)), i % 16 == 11
         if silent:  # the others carry the emotion, so that it can still be told
             cues = (1, 0, 1)
         elif i % 16 == 5:
@@ -113,11 +115,11 @@ def _turn(dialogue: Dialogue, emotion: str, told: bool, felt: list[str], clips: 
         said.append(Utterance("therapist", _shared(past), str(rng.choice(NODS))))
     shown += [""] * len(said)
     if told and emotion != "neutral":
-        text, topic = mock.sentence(SHOWN[emotion], quarters, rng)
+        text, topic = mock.sentence(SHOWN[emotion], quarters, rng, PHRASES)
         thing = topic.partition(" ")[2]
     else:
         text, thing = [*PLAIN.items()][rng.integers(len(PLAIN))]
-    for words in (*OPENERS[: max(clips - 1, 0)], text):
+    for words in (OPENER, text) if clips > 1 else (text,):
         shown.append(f"dia{dialogue.id}_utt{len(said)}.mp4" if clips else "")
         said.append(Utterance("client", emotion, words))
     strategy = STRATEGY[felt[-1] if felt else "neutral"]
@@ -133,15 +135,21 @@ def _shared(emotion: str) -> str:
     return emotion if emotion in SHARED else "neutral"
 
 
+def strong(face: Face) -> Face:
+    """An expression STRENGTH times as far from the face at rest."""
+    rest = Face()
+    return Face(*(at + STRENGTH * (to - at) for at, to in zip(astuple(rest), astuple(face), strict=True)))
+
+
 def _make_clips(folder: Path, plan: Plan, seed: int, size: int) -> None:
     """One take of a face and a voice, cut into the clips of a turn."""
     if not plan.frames:
         return
     emotion = mock.EMOTIONS[SHOWN[str(plan.turn.client_emotion)]]
-    face, tone = (emotion if carries else mock.EMOTIONS["neutral"] for carries in plan.cues[:2])
+    seen, heard = (emotion if carries else mock.EMOTIONS["neutral"] for carries in plan.cues[:2])
     image, sound = mock.generators(seed, plan.turn.id)
-    frames = draw_face(face.face, sum(plan.frames), sum(plan.frames) // 2, size, image)
-    voice = speak(tone.tone, sum(plan.frames) / float(FPS), sound)
+    frames = draw_face(strong(seen.face), sum(plan.frames), sum(plan.frames) // 2, size, image)
+    voice = speak(heard.tone, sum(plan.frames) / float(FPS), sound)
     start = 0
     for i, (name, count) in enumerate(zip(plan.turn.clips, plan.frames, strict=True)):
         samples = voice[start * SAMPLE_RATE // FPS : (start + count) * SAMPLE_RATE // FPS]

@@ -21,7 +21,7 @@ from data.resident import Ragged, read
 MODALITIES = ("audio", "text")
 STREAMS = ("audio", "stats", "text")  # stats: a fixed vector of the sound beside its frames
 SPLITS = ("train", "valid", "test")
-GATHERED = 16 * 2**20  # bytes of features gathered at a time
+GATHERED = 4 * 2**20  # bytes of features gathered at a time: what a cache holds until it is read
 
 
 @dataclass

@@ -4,9 +4,12 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from common.config import UserError
+
+if TYPE_CHECKING:  # tools that make or list data need no PyTorch
+    from torch import Tensor
 
 LAYOUTS = ("train", "original_eval", "question_first", "clean")
 ASKED = ("labels", "nine", "six", "guide", "none")  # what the emotion question offers: see pick_question
@@ -85,6 +88,23 @@ class Special(str):
 
 BOS, EOS = Special("<s>"), Special("</s>")
 Encode = Callable[..., list[int]]  # a tokenizer's: (text, specials) -> ids
+
+
+@dataclass
+class Sample:
+    """A prompt, its answer and their wording: token ids and names of slots, whose values are (rows, ...)."""
+
+    id: str
+    pieces: list[list[int] | str]
+    answer: list[int]
+    values: "dict[str, Tensor]"
+    prompt: str
+    target: str
+
+    def positions(self, places: Callable[..., int]) -> int:
+        """Positions that prompt and answer take, a slot places(name, value) of them."""
+        prompt = (places(piece, self.values[piece]) if isinstance(piece, str) else len(piece) for piece in self.pieces)
+        return sum(prompt) + len(self.answer)
 
 
 def encode_segments(segments: Iterable[str | Slot], encode: Encode) -> list[list[int] | str]:

@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from data.history import MEM, history_ids
 from data.mesc import Turn, memory_text
-from data.prompts import Encode, Slot, encode_answer, encode_segments
+from data.prompts import Encode, Sample, Slot, encode_answer, encode_segments
 from data.support import CHATML, Chat
 
 PROMPTS = {
@@ -18,18 +17,6 @@ PROMPTS = {
 }
 KINDS = ("none", *PROMPTS)
 History = tuple[str, list[str]]  # id; utterances without their marks, oldest first
-
-
-@dataclass
-class Sample:
-    """A history as model.mllm.pack() reads it: its memory is the prompt, its text the answer."""
-
-    id: str
-    pieces: list[list[int] | str]
-    answer: list[int]
-    values: dict[str, Tensor]
-    target: str
-    prompt: str
 
 
 def histories(turns: Sequence[Turn], kind: str) -> list[History]:
@@ -56,9 +43,10 @@ def _spoken(turn: Turn) -> list[str]:
 
 
 class Reconstructions:
-    """The samples of histories, of one of more than `most` tokens its newest utterances.
+    """Histories as samples: the memory of each is the prompt, its text the answer.
 
-    `cut` counts these, `lost` the histories whose newest utterance alone is too long, which are left out.
+    Of one of more than `most` tokens its newest utterances are taken, `cut` counts these; `lost` are the histories
+    whose newest utterance alone is too long, which are left out.
     """
 
     def __init__(
@@ -75,7 +63,7 @@ class Reconstructions:
                 dropped = len(said) - ids.count(ids[-1])  # one mark an utterance, the last id is one
                 told = "\n".join(said[dropped:])
                 values = {"history": torch.tensor(ids)}
-                self.samples.append(Sample(id, pieces, encode_answer(told, encode), values, told, prompt))
+                self.samples.append(Sample(id, pieces, encode_answer(told, encode), values, prompt, told))
                 self.cut += dropped > 0
         self.lost = len(found) - len(self.samples)
 
@@ -87,11 +75,7 @@ class Reconstructions:
 
     def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int:
         """Positions that a sample takes."""
-        sample = self.samples[index]
-        sizes = (
-            places(piece, sample.values[piece]) if isinstance(piece, str) else len(piece) for piece in sample.pieces
-        )
-        return sum(sizes) + len(sample.answer)
+        return self.samples[index].positions(places)
 
     def shuffled(self) -> "Reconstructions":
         """A control: the samples, of which there are two at least, each with the memory of another one."""

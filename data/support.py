@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config import UserError, opt
 from data.chat import chatml
 from data.mesc import CHAT, EMOTIONS, STRATEGIES, Turn, Utterance
-from data.prompts import Encode, Slot, encode_answer, encode_segments, join_texts
+from data.prompts import Encode, Sample, Slot, encode_answer, encode_segments, join_texts
 
 SLOTS = ("video", "audio", "history")
 MODALITIES = (*SLOTS, "text")
@@ -67,16 +67,10 @@ class PromptConfig:
 
 
 @dataclass
-class Sample:
-    """A turn as model.mllm.pack() reads it, its wording, and what was left out to make it fit."""
+class TurnSample(Sample):
+    """The sample of a turn, and what was left out to make it fit."""
 
-    id: str
-    pieces: list[list[int] | str]
-    answer: list[int]
-    values: dict[str, Tensor]
     turn: Turn
-    prompt: str
-    target: str
     dropped: int = 0  # exchanges of the history, of those that k_turn_history allows
     cut: int = 0  # words of the situation and of the client
 
@@ -153,7 +147,7 @@ def make_sample(
     most: int,
     room: int = 0,
     chat: Chat = CHATML,
-) -> Sample:
+) -> TurnSample:
     """The sample of a turn in at most `most` positions: slots[name] a slot, and for the answer its own or `room`.
 
     What is too long loses the oldest exchanges of the history, then words at the end of the situation, then the
@@ -190,7 +184,8 @@ def make_sample(
     shown = segments(_shortened(turn, cfg, kept), cfg, slots, chat)
     prompt = "".join(part if isinstance(part, str) else f"<{part.name}>" for part in shown)
     cut = sum(words) - kept["situation"] - kept["client"]
-    return Sample(turn.id, pieces(kept), answer, values, turn, prompt, target, whole["history"] - kept["history"], cut)
+    dropped = whole["history"] - kept["history"]
+    return TurnSample(turn.id, pieces(kept), answer, values, prompt, target, turn, dropped, cut)
 
 
 def _shortened(turn: Turn, cfg: PromptConfig, kept: Mapping[str, int]) -> Turn:

@@ -19,7 +19,7 @@ from data.manifest import Clip, split_by_group
 from data.mesc import EMOTIONS, STRATEGIES, Turn, leaks, memory_text, read_turns
 from data.prompts import Encode
 from data.reconstruct import KINDS
-from data.support import CHATML, Chat, PromptConfig, Sample, make_sample
+from data.support import CHATML, Chat, PromptConfig, TurnSample, make_sample
 
 FILES = (".json", ".jsonl")
 AUGMENTATIONS = ("noise", "streams")  # those of data/clips.py that turns have
@@ -90,10 +90,12 @@ class TurnData:
         view.augment, view.seed = dict(probabilities), seed
         return view
 
-    def sample(self, index: int, epoch: int = 0) -> Sample:
+    def sample(self, index: int, epoch: int = 0) -> TurnSample:
         """Turn `index` as a sample; only augmentation draws anything."""
-        turn, rng, view = self.turns[index], random.Random(f"{self.seed}/{epoch}/{index}"), self
-        given = self.cfg.prompt.modalities
+        turn, given, view = self.turns[index], self.cfg.prompt.modalities, self
+        if not self.augment:
+            return self._made(turn, self.streams(turn, given))
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
         noise, fewer = (rng.random() < self.augment.get(name, 0.0) for name in AUGMENTATIONS)
         there = [name for name in DROPPED if name in given and name in {"text", *self.streams.slots(turn)}]
         if fewer and len(there) > 1:
@@ -105,13 +107,9 @@ class TurnData:
     def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int:
         """Positions that sample() takes, where augmentation leaves nothing out; no clip is read for it."""
         turn = self.turns[index]
-        sample = self._made(turn, dict.fromkeys(self.streams.slots(turn), torch.empty(0, 0)))
-        sizes = (
-            places(piece, sample.values[piece]) if isinstance(piece, str) else len(piece) for piece in sample.pieces
-        )
-        return sum(sizes) + len(sample.answer)
+        return self._made(turn, dict.fromkeys(self.streams.slots(turn), torch.empty(0, 0))).positions(places)
 
-    def _made(self, turn: Turn, values: Mapping[str, Tensor]) -> Sample:
+    def _made(self, turn: Turn, values: Mapping[str, Tensor]) -> TurnSample:
         values = {name: value for name, value in values.items() if name in self.cfg.prompt.modalities}
         if self.compressed and "history" in self.cfg.prompt.modalities:
             ids = history_ids(memory_text(turn), self.encode, self.cfg.memory_tokens)

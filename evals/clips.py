@@ -18,8 +18,8 @@ from common.config import UserError
 from common.log import Logger, confusion_image
 from data.clips import (
     ClipData,
+    ClipSample,
     Features,
-    Sample,
     check,
     label_gaps,
     load_replay,
@@ -107,7 +107,6 @@ class ClipTask:
     """Clips of MERR's layout or of a manifest: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = emotion.METRICS, emotion.LOWER
-    FAST_THREADS = 1
     prepare_fast = staticmethod(prepare_fast)
     splits: dict[str, list[Clip]]
     tested: list[Clip]
@@ -263,7 +262,7 @@ class ClipTask:
         values = {name: torch.empty(rows, device="meta") for name, rows in model.rows().items()}
         question, answer = pick_question(task, None, data.labels, data.question), target(raw or "", data.prompt_layout)
 
-        def sample(encode: Encode) -> Sample:
+        def sample(encode: Encode) -> ClipSample:
             return make_sample(clip, values, data, encode, task, question, list(values), answer)
 
         sizes.report(model, self.cfg.batch_size, sample, f"{source}, task {task}", say)

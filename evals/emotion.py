@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common import dist, metrics
 from common.config import UserError, opt
 from common.shard import place
-from data.clips import ClipData, Sample
+from data.clips import ClipData, ClipSample
 from data.prompts import DFEW7, EMOTIONS6, encode_answer, extract_label
 from evals.openset import built_in
 from model.combine import Ensemble
@@ -76,7 +76,7 @@ class DecodeConfig:
 def answer(
     mllm: Mllm | Ensemble,
     tokenizer: Tokenizer,
-    samples: Sequence[Sample],
+    samples: Sequence[ClipSample],
     labels: Sequence[str],
     cfg: DecodeConfig,
     batch_size: int = 8,

@@ -11,8 +11,8 @@ from common.config import UserError
 from common.log import Logger
 from common.shard import place
 from data.mesc import read_turns
-from data.prompts import Encode
-from data.reconstruct import History, Reconstructions, Sample, histories
+from data.prompts import Encode, Sample
+from data.reconstruct import History, Reconstructions, histories
 from data.turns import is_turns, load_turns
 from evals import sizes
 from evals.turns import STAND_IN, check_data, layout
@@ -28,7 +28,6 @@ class ReconstructTask:
     """
 
     METRICS, LOWER = ("loss", "token_accuracy"), ("loss",)
-    FAST_THREADS = 1
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.kind = cfg, cfg.support.reconstruct

@@ -16,7 +16,7 @@ from common.log import table_lines
 from common.shard import place
 from data.mesc import EMOTIONS, STRATEGIES
 from data.prompts import Encode, encode_answer
-from data.support import FIELDS, GAP, PromptConfig, Sample, asked, fields, parse_answer
+from data.support import FIELDS, GAP, PromptConfig, TurnSample, asked, fields, parse_answer
 from data.turns import CLOSED, TurnData
 from evals import texts
 from evals.emotion import DecodeConfig, Follow, spelled
@@ -32,7 +32,7 @@ class Answers:
     """Answers that are being written to samples, field by field."""
 
     def __init__(
-        self, mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], prompt: PromptConfig,
+        self, mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[TurnSample], prompt: PromptConfig,
         batch_size: int,
     ) -> None:  # fmt: skip
         self.mllm, self.tokenizer, self.batch_size = mllm, tokenizer, batch_size
@@ -85,7 +85,7 @@ class Answers:
     def _line(self, i: int, name: str, label: str) -> str:
         return f"{self._before(i)}{FIELDS[name]}: {label}"
 
-    def _batches(self, members: Sequence[int], prompts: dict[int, Sample]) -> Iterator[list[int]]:
+    def _batches(self, members: Sequence[int], prompts: dict[int, TurnSample]) -> Iterator[list[int]]:
         """Batches of samples that are alike in length."""
 
         def length(i: int) -> int:
@@ -95,7 +95,9 @@ class Answers:
         return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
 
 
-def continued(sample: Sample, texts: Sequence[str], last: bool, encode: Encode) -> tuple[Sample, list[list[int]]]:
+def continued(
+    sample: TurnSample, texts: Sequence[str], last: bool, encode: Encode
+) -> tuple[TurnSample, list[list[int]]]:
     """The sample with what all of the texts begin with behind its prompt, and how each of them goes on.
 
     Each text ends its line as answers do: another one follows, or with the `last` the end.
@@ -107,7 +109,7 @@ def continued(sample: Sample, texts: Sequence[str], last: bool, encode: Encode) 
 
 @torch.inference_mode()
 def answer(
-    mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[Sample], prompt: PromptConfig, cfg: DecodeConfig,
+    mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[TurnSample], prompt: PromptConfig, cfg: DecodeConfig,
     batch_size: int = 8, seed: int = 0, respond: bool = True, follow: Follow | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One record a sample: id, target and answer; with cfg.decode "score" the probabilities of the closed fields.

@@ -20,7 +20,7 @@ from data.mesc import Turn, Utterance, memory_text, read_turns
 from data.mock_support import make_support
 from data.prompts import Encode
 from data.streams import TurnStreams, clip_folder
-from data.support import CHATML, Chat, PromptConfig, Sample, format_target, segments
+from data.support import CHATML, Chat, PromptConfig, TurnSample, format_target, segments
 from data.turns import AUGMENTATIONS, CLOSED, SupportConfig, TurnData, load_turns
 from evals import emotion, sizes, support, tfidf
 from model.mllm import Mllm, MllmConfig, Standardised
@@ -34,15 +34,15 @@ FAST_TURNS = (800, 60, 120)  # train, validation and test
 # --fast: everything is made on the spot (data/mock_support.py, model/toy.py), nothing is downloaded
 FAST = {
     "model.full": True, "model.normalize": True, "model.grad_checkpoint": False, "model.max_len": 900,
-    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 4, "model.towers.patches": 64,
+    "model.towers.vision_tower": "framestats", "model.towers.num_frames": 4, "model.towers.patches": 36,
     "model.towers.vision_width": 12, "model.towers.audio_tower": "logmel", "model.towers.mm_projector_a_type": "linear",
     "model.towers.audio_tokens": 1, "model.towers.audio_width": 504, "model.towers.audio_seconds": 8.0,
-    "support.answer_room": 64, "support.prompt.k_turn_history": 1, "support.prompt.context": False,
+    "support.answer_room": 64, "support.prompt.k_turn_history": 0, "support.prompt.context": False,
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
     "optim.lr": 1.5e-3, "optim.mm_projector_lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 20, "optim.beta2": 0.95, "epochs": 6,
-    "precision": "fp32", "num_workers": 2, "log_every": 10, "evaluate": True, "eval_every": 6, "save_every": 6,
+    "optim.warmup_steps": 40, "optim.beta2": 0.95, "epochs": 3,
+    "precision": "fp32", "num_workers": 2, "log_every": 20, "evaluate": True, "eval_every": 3, "save_every": 3,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
 STAND_IN = Turn(
@@ -63,7 +63,7 @@ def prepare_fast(cfg: Any) -> Any:
     cfg = config.preset(cfg, FAST | {
         "out": str(out), "model.llm": str(out / "base"), "model.towers.mamba_compressor": str(out / "mamba"),
         "data.data_root": str(mock / "train.jsonl"), "data.valid_file": str(mock / "val.jsonl"),
-        "data.test_file": str(mock / "test.jsonl"), "batch_size": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))),
+        "data.test_file": str(mock / "test.jsonl"), "batch_size": max(1, 8 // int(os.environ.get("WORLD_SIZE", 1))),
     })  # fmt: skip
     cfg.data.data_root, cfg.data.valid_file = str(mock / "train.jsonl"), str(mock / "val.jsonl")
     if (out / "mamba" / "config.json").exists() and cfg.resume:
@@ -76,7 +76,7 @@ def prepare_fast(cfg: Any) -> Any:
     for turn in read_turns(mock / "train.jsonl")[0]:
         written += [piece for piece in segments(turn, prompt, ("video", "audio", "history")) if isinstance(piece, str)]
         written += [format_target(turn, prompt.fields), memory_text(turn)]
-    make_toy_qwen2(out / "base", written, seed=cfg.seed)
+    make_toy_qwen2(out / "base", written, seed=cfg.seed, heads=2)  # fewer are quicker on a CPU
     make_toy_mamba(out / "mamba", load_tokenizer(out / "base").vocab_size + 1, seed=cfg.seed)
     return cfg
 
@@ -85,7 +85,6 @@ class TurnTask:
     """A file of turns: what train_llm.py trains on, chooses by and reads at the end."""
 
     METRICS, LOWER = (*MEANS, *CLOSED, "loss"), ("loss",)
-    FAST_THREADS = 2
     prepare_fast = staticmethod(prepare_fast)
     turns: dict[str, list[Turn]]  # by split
     streams: TurnStreams
@@ -224,7 +223,7 @@ class TurnTask:
         towers = {"video": model.towers.vision_tower, "audio": model.towers.audio_tower}
         values = {name: torch.empty(shapes(model.towers)[name], device="meta") for name in towers if towers[name]}
 
-        def sample(encode: Encode) -> Sample:
+        def sample(encode: Encode) -> TurnSample:
             made = (turn or STAND_IN, Unseen(values), self.cfg.support, encode, model.places, model.max_len)
             return TurnData([made[0]], *made[1:], compressed=model.towers.mamba_compressor is not None).sample(0)
 

@@ -38,14 +38,16 @@ class MllmConfig:
     tokenizer: str | None = opt(None, "tokenizer: file or folder; default: beside the language model", "--tokenizer")
     lora_r: int = opt(64, "LoRA rank", "--lora-r", span=(32, 128))
     lora_alpha: int = opt(16, "LoRA alpha; the update is scaled by alpha / r", "--lora-alpha", span=(8, 32))
-    lora_dropout: float = opt(0.05, "dropout on the input of every LoRA adapter", "--lora-dropout", "--dropout")
+    lora_dropout: float = opt(
+        0.05, "dropout on the input of every LoRA adapter", "--lora-dropout", "--dropout", share=True
+    )
     lora_targets: list[str] = opt(["q_proj", "v_proj"], "linears that get an adapter; [] for none")
     full: bool = opt(False, "train the whole (small) language model instead of LoRA", "--full")
     features: dict[str, int] = opt(
         {"mae_340_UTT": 1024, "maeV_399_UTT": 1024, "HL-UTT": 1024}, "utterance features in prompt order: name=width"
     )
     feature_tokens: int = opt(1, "tokens that each utterance feature becomes")
-    feature_dropout: float = opt(0.0, "dropout on the features themselves")
+    feature_dropout: float = opt(0.0, "dropout on the features themselves", share=True)
     normalize: bool = opt(False, "standardise features by train-split statistics kept in the checkpoint")
     visual: str | None = opt("eva_vit_g", "store of visual tokens (a CLS row, then patches); none: no picture")
     visual_encoder: str | None = opt(

@@ -39,8 +39,9 @@ def make_toy_llm(folder: Path, sentences: Iterable[str], seed: int = 0, hidden: 
 
 
 def make_toy_qwen2(
-    folder: Path, sentences: Iterable[str], seed: int = 0, hidden: int = 96, layers: int = 3, pieces: int = PIECES
-) -> None:
+    folder: Path, sentences: Iterable[str], seed: int = 0, hidden: int = 96, layers: int = 3, pieces: int = PIECES,
+    heads: int = 4,
+) -> None:  # fmt: skip
     """Writes config.json, model.safetensors and tokenizer.json (byte-level BPE, then ChatML's tokens) to `folder`."""
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -54,8 +55,8 @@ def make_toy_qwen2(
     start, _, end = map(backend.token_to_id, CHATML)
     config = LlamaConfig(
         vocab_size=backend.get_vocab_size() + SPARE, hidden_size=hidden, intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, rope_theta=1e6,
-        tie_word_embeddings=True, attention_bias=True, bos_token_id=start, eos_token_id=end,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=hidden // heads,
+        rope_theta=1e6, tie_word_embeddings=True, attention_bias=True, bos_token_id=start, eos_token_id=end,
     )  # fmt: skip
     _save_random(config, folder, seed)
 

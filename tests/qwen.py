@@ -6,7 +6,9 @@ import os
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from data.history import MEM
 from model.llm import Llama, LlamaConfig
+from model.tokenizer import ByteTokenizer
 
 CORPUS = [
     "the client says that nobody listens to her", "Client's emotion: sadness ", "Therapist's strategy: open question ",
@@ -30,6 +32,14 @@ def make_vocabulary(folder, size=400):
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+
+
+def make_tokenizer(folder):
+    """The tokenizer of such a vocabulary, with the mark of the history compressor."""
+    make_vocabulary(folder)
+    made = ByteTokenizer(folder)
+    made.add(MEM)
+    return made
 
 
 def theirs(folder):

@@ -175,8 +175,8 @@ FLAGS = {
     "train_mosei": """
         model.model --model, model.head --head, model.fusion_dim --fusion-dim, model.layers --layers,
         model.dropout --dropout, model.modality_dropout --modality-dropout, model.latents, model.rank, model.unimodal,
-        model.context --context, model.normalize --normalize, model.clip_sigma, data_root --data-root,
-        stores --stores,
+        model.context --context, model.context_dropout, model.normalize --normalize, model.clip_sigma,
+        data_root --data-root, stores --stores,
         label_scheme --label-scheme, valid_share --valid-share, split_seed, max_frames --max-frames,
         feature_noise --feature-noise, class_weights, label_smoothing --label-smoothing,
         shuffle_labels --shuffle-labels, lr --lr, min_lr --min-lr, warmup_steps --warmup-steps, schedule --schedule,

@@ -262,7 +262,7 @@ def test_tokens_are_counted_without_reading(root, monkeypatch):
     places = {"image": 4, "cls": 1, "face": 1, "voice": 3}
     samples = {(i, epoch): data.sample(i, epoch) for i in range(6) for epoch in range(5)}
     monkeypatch.setattr(Features, "__call__", None)
-    lengths = {at: data.tokens(*at, places.__getitem__) for at in samples}
+    lengths = {at: data.tokens(*at, lambda slot, value: places[slot]) for at in samples}
     for at, sample in samples.items():
         slots = [places[piece] for piece in sample.pieces if isinstance(piece, str)]
         assert lengths[at] == sum(len(ids) for ids in sample.pieces if isinstance(ids, list)) + sum(slots) + len(

@@ -6,8 +6,7 @@ from data.history import history_text
 from data.mesc import Turn, Utterance
 from data.reconstruct import PROMPTS, Reconstructions, histories
 from model.mllm import MllmConfig, pack
-from model.tokenizer import ByteTokenizer
-from tests.qwen import make_vocabulary
+from tests.qwen import make_tokenizer
 
 
 def turn(dialogue, place, said, memory=None):
@@ -46,11 +45,7 @@ def test_dialogues_are_the_longest_memory_of_each():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    make_vocabulary(folder)
-    made = ByteTokenizer(folder)
-    made.add("<MEM>")
-    return made
+    return make_tokenizer(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

@@ -14,9 +14,8 @@ from data.mesc import Turn, Utterance, write_turns
 from data.support import PromptConfig, format_target
 from data.turns import SupportConfig, TurnData, is_turns, load_turns, shuffled
 from model.mllm import IGNORE_INDEX, MllmConfig, pack
-from model.tokenizer import ByteTokenizer
 from model.towers import TowerConfig
-from tests.qwen import make_vocabulary
+from tests.qwen import make_tokenizer
 
 MODEL = MllmConfig(
     features={}, visual=None, max_len=700,
@@ -54,11 +53,7 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    make_vocabulary(folder)
-    made = ByteTokenizer(folder)
-    made.add("<MEM>")
-    return made
+    return make_tokenizer(tmp_path_factory.mktemp("vocabulary"))
 
 
 def data(tokenizer, turns, compressed=True, most=700, **cfg):

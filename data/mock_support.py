@@ -5,7 +5,7 @@ $ python -m data.mock_support --out datasets/mock_support --train 400 --test 80
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ CUES = ((1, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1))
 QUARTERS = {"train": (2, 3), "val": (1,), "test": (0,)}  # of the client's sentences
 # the client's emotions: how they look, sound and read
 SHOWN = {"anger": "angry", "sadness": "sad", "joy": "happy", "fear": "fear", "neutral": "neutral"}
-STRENGTH = 1.5  # of an expression, times that of data/mock.py: the plainer a face, the sooner a connector reads it
+STRENGTH = 2.0  # of an expression, times that of data/mock.py: the plainer a face, the sooner a connector reads it
 PHRASES = 2  # of an emotion, of the four that data/mock.py has
 SHARED = ("sadness", "joy")  # what the therapist feels with the client
 # What the therapist does, by what the client felt when it spoke before: the words of a history are neutral, so that
@@ -98,17 +98,17 @@ def _plan(split: str, first: int, n: int, seed: int) -> list[Plan]:
 
 
 def _felt(last: str, rng: np.random.Generator) -> list[str]:
-    """What the client felt in up to three turns before, the latest one last; none is as good as a neutral one."""
+    """What the client felt in up to two turns before, the latest one last; none is as good as a neutral one."""
     if last == "neutral" and rng.random() < 0.4:
         return []
-    return [*rng.choice([*STRATEGY], rng.integers(3)).tolist(), last]
+    return [*rng.choice([*STRATEGY], rng.integers(2)).tolist(), last]
 
 
 def _turn(dialogue: Dialogue, emotion: str, told: bool, felt: list[str], clips: int, rng: np.random.Generator) -> Turn:
     """The last turn of `dialogue`, which is empty yet; `told`: the client's words carry its emotion."""
     quarters = QUARTERS[str(dialogue.split)]
     said, shown = dialogue.utterances, dialogue.clips
-    if len(felt) < 3 and rng.random() < 0.3:
+    if rng.random() < 0.3:
         said.append(Utterance("therapist", "neutral", GREETING))
     for past in felt:
         said.append(Utterance("client", past, str(rng.choice(WORDS))))
@@ -136,9 +136,10 @@ def _shared(emotion: str) -> str:
 
 
 def strong(face: Face) -> Face:
-    """An expression STRENGTH times as far from the face at rest."""
+    """An expression STRENGTH times as far from the face at rest, its eyes never quite shut."""
     rest = Face()
-    return Face(*(at + STRENGTH * (to - at) for at, to in zip(astuple(rest), astuple(face), strict=True)))
+    face = Face(*(at + STRENGTH * (to - at) for at, to in zip(astuple(rest), astuple(face), strict=True)))
+    return replace(face, gape=max(face.gape, 0.0), eye=max(face.eye, 0.1))
 
 
 def _make_clips(folder: Path, plan: Plan, seed: int, size: int) -> None:

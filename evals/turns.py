@@ -41,8 +41,8 @@ FAST = {
     "support.prompt.emotions": ["anger", "sadness", "joy", "fear", "neutral"],
     "support.prompt.strategies": ["restatement", "self-disclosure", "approval", "open question"],
     "optim.lr": 1.5e-3, "optim.mm_projector_lr": 2e-3, "optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4,
-    "optim.warmup_steps": 40, "optim.beta2": 0.95, "epochs": 3,
-    "precision": "fp32", "num_workers": 2, "log_every": 20, "evaluate": True, "eval_every": 3, "save_every": 3,
+    "optim.warmup_steps": 40, "optim.beta2": 0.95, "epochs": 4,
+    "precision": "fp32", "num_workers": 2, "log_every": 20, "evaluate": True, "eval_every": 4, "save_every": 4,
     "save_best": True, "test": True, "decode.max_new_tokens": 16, "eval_batch_size": 32,
 }  # fmt: skip
 STAND_IN = Turn(

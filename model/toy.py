@@ -61,7 +61,7 @@ def make_toy_qwen2(
     _save_random(config, folder, seed)
 
 
-def make_toy_mamba(folder: Path, vocab: int, width: int = 64, layers: int = 2, seed: int = 0) -> None:
+def make_toy_mamba(folder: Path, vocab: int, width: int = 64, layers: int = 1, seed: int = 0) -> None:
     """Writes config.json and model.safetensors of a Mamba that reads `vocab` tokens, under a hub file's names."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

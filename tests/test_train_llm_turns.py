@@ -34,7 +34,7 @@ def root(tmp_path_factory):
     turns = read_turns(root / "train.jsonl")[0]
     pieces = [piece for turn in turns for piece in segments(turn, PromptConfig(), ()) if isinstance(piece, str)]
     make_toy_qwen2(root / "base", [*pieces, *map(memory_text, turns)], hidden=32, layers=2)
-    make_toy_mamba(root / "mamba", load_tokenizer(root / "base").vocab_size + 1, width=16, layers=1)
+    make_toy_mamba(root / "mamba", load_tokenizer(root / "base").vocab_size + 1, width=16)
     return root
 
 

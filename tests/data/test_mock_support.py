@@ -100,7 +100,7 @@ def test_the_history_tells_what_was_felt_in_the_memory_only(every):
     for turn in every:
         told = [(each.role.capitalize(), each.emotion, each.text) for each in turn.history]
         assert turn.memory == history_text(told)
-    assert {len(turn.history) for turn in every} == set(range(7))
+    assert {len(turn.history) for turn in every} == set(range(6))
 
 
 def test_only_words_that_carry_the_emotion_name_it(every, cues):
@@ -113,7 +113,7 @@ def test_only_words_that_carry_the_emotion_name_it(every, cues):
 
 def test_faces_show_more_than_those_of_the_other_set():
     assert strong(Face()) == Face()
-    assert strong(Face(curve=-1.0, eye=0.5, rate=5.0)) == Face(curve=-1.5, eye=0.25, rate=6.0)
+    assert strong(Face(curve=-1.0, eye=0.5, rate=5.0)) == Face(curve=-2.0, eye=0.1, rate=7.0)
 
 
 def test_clips_are_there_or_silent_or_missing(root, every, cues):

@@ -345,6 +345,8 @@ def check_shard(cfg: Config, device: torch.device) -> None:
         raise UserError("--shard: not in fp16, use --precision bf16")
     if cfg.shard and cfg.decode.temperature > 0:
         raise UserError("--shard: all processes must choose the same tokens, so --temperature must be 0")
+    if cfg.shard and cfg.decode.cuda_graphs:
+        raise UserError("--shard: layers are gathered at every step, so --cuda-graphs cannot replay it")
 
 
 def plan(cfg: Config, parts: Sequence[Samples], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:

@@ -3,7 +3,8 @@
 Each variant has a process of its own that holds the model with its adapters merged; they take turns, each round gives
 one value of every number, and the tables have the medians over rounds, and ratios of the same round.
 
-ours                  model.generate.generate; in the last table score_labels, as eval.py --decode score calls it
+ours                  model.generate.generate, on a GPU with CUDA graphs; in the last table score_labels, as eval.py
+                      --decode score calls it
 transformers          generate with sdpa and a cache, prompts of a batch padded on the left
 of the bandwidth      bytes of the weights that a step reads, and of the keys and values at its middle, over what the
                       machine copies in the same time (a batch of 1 cannot be faster)
@@ -184,7 +185,7 @@ class Ours(Decoder):
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         from model.generate import generate
 
-        return generate(self.llm, prompts, new, eos_id=[])
+        return generate(self.llm, prompts, new, eos_id=[], graphs=self.device.type == "cuda")
 
     def score(self, prompts: list[list[int]], labels: list[list[int]]) -> np.ndarray:
         from model.generate import score_labels

@@ -71,6 +71,14 @@ class DecodeConfig:
     temperature: float = opt(0.0, "0: greedy", "--temperature")
     top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", "--top-p")
     repetition_penalty: float = opt(1.0, "above 1 discourages repeated tokens")
+    cuda_graphs: bool = opt(False, "generate by replaying CUDA graphs, on a GPU", "--cuda-graphs")
+
+    def settings(self) -> dict[str, Any]:
+        """What model.generate.generate() is told of them."""
+        return {
+            "temperature": self.temperature, "top_p": self.top_p, "num_beams": self.num_beams,
+            "repetition_penalty": self.repetition_penalty, "graphs": self.cuda_graphs,
+        }  # fmt: skip
 
 
 def answer(
@@ -130,8 +138,7 @@ def _generate(
 ) -> list[dict]:  # fmt: skip
     generator = torch.Generator(batch.input_ids.device).manual_seed(seed) if cfg.temperature > 0 else None
     ids = mllm.generate(
-        batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
-        repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.eos_id, generator=generator,
+        batch, cfg.max_new_tokens, **cfg.settings(), eos_id=tokenizer.eos_id, generator=generator,
         follow=follow and spelled(follow, batch.ids, tokenizer),
     )  # fmt: skip
     answers = [tokenizer.decode(row).strip() for row in ids]

@@ -70,8 +70,7 @@ class Answers:
             batch = pack([prompts[i] for i in chosen], self.mllm.cfg, answers=False).to(place(self.mllm))
             generator = torch.Generator(place(self.mllm)).manual_seed(seed + chosen[0]) if cfg.temperature > 0 else None
             ids = self.mllm.generate(
-                batch, cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=cfg.num_beams,
-                repetition_penalty=cfg.repetition_penalty, eos_id=self.tokenizer.eos_id, generator=generator,
+                batch, cfg.max_new_tokens, **cfg.settings(), eos_id=self.tokenizer.eos_id, generator=generator,
                 follow=follow and spelled(follow, batch.ids, self.tokenizer),
             )  # fmt: skip
             for i, row in zip(chosen, ids, strict=True):

@@ -14,6 +14,7 @@ Prompts = Tensor | Sequence[Tensor] | Sequence[list[int]]
 Follow = Callable[[int, list[int]], bool]  # prompt, its tokens so far -> whether it goes on
 NEVER = -1e9  # the score of a hypothesis that does not exist
 HEAD_ROWS = 2048  # positions whose logits exist at one time while scoring
+BLOCK = 256  # slots: so many more are read by the next program of Fixed
 
 
 class Cache:
@@ -51,19 +52,23 @@ class Cache:
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of n new tokens a row over the cache and themselves; they take the next n slots."""
-        batch, heads, n, width = q.shape
-        end = self.end + n
+        end = self.end + q.shape[2]
         for cached, new in zip(self.layers[layer], (k, v), strict=True):
             cached[:, :, self.end : end] = new
+        return self.read(layer, q, end, None if self.mask is None else self.mask[..., :end])
+
+    def read(self, layer: int, q: Tensor, end: int, mask: Tensor | None) -> Tensor:
+        """Attention of q (B, H, n, Dh) over the slots before `end`, of which an additive mask may hide some."""
         k, v = (cached[:, :, :end] for cached in self.layers[layer])
-        q = q.reshape(batch, k.shape[1], -1, width)  # (B, KV, G * n, Dh): the G queries of a key head, no key repeated
-        mask = None if self.mask is None else self.mask[..., :end].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, n, width)
+        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, KV, G * n, Dh): no key repeated for its queries
+        mask = None if mask is None else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
         for layer, (k, v) in enumerate(self.layers):  # one at a time: never two whole caches
             self.layers[layer] = k[rows], v[rows]
+        self.pads = self.pads[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def reorder(self, rows: Tensor) -> None:
@@ -73,10 +78,68 @@ class Cache:
                 cached[:, :, self.prompt : self.end] = cached[rows, :, self.prompt : self.end]
 
 
+class Fixed:
+    """The step of a batch as a program on tensors that stay where they are, which a CUDA graph can replay.
+
+    Attention reads a multiple of BLOCK slots, of which those that hold nothing yet are masked. Where the next token
+    takes a slot beyond them, or rows have left the cache, the program is made anew.
+    """
+
+    def __init__(self, llm: Llama, cache: Cache):
+        self.llm, self.cache, self.slots = llm, cache, 0
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens and their positions (B,) -> logits (B, V), which the next call overwrites."""
+        if self.cache.end >= self.slots:
+            self.slots = min((self.cache.end // BLOCK + 1) * BLOCK, self.cache.slots)
+            self.tokens, self.positions, self.end = tokens.clone(), positions.clone(), tokens.new_tensor([0])
+            self.end.fill_(self.cache.end)
+            self.program = captured(self.step, tokens.device)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.end.fill_(self.cache.end)
+        return self.program()
+
+    def step(self) -> Tensor:
+        """Whatever differs from one step to the next lies in tensors: a graph knows no other values."""
+        slot = torch.arange(self.slots, device=self.end.device)
+        seen = (slot >= self.cache.pads[:, None]) & (slot <= self.end)
+        mask = torch.zeros(seen.shape, device=slot.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for cached, new in zip(self.cache.layers[layer], (k, v), strict=True):
+                cached.index_copy_(2, self.end, new)
+            return self.cache.read(layer, q, self.slots, mask)
+
+        h = self.llm.hidden(self.llm.embed(self.tokens)[:, None], attend, self.positions[:, None])
+        return self.llm.head(h[:, 0])
+
+
+def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """The step as a CUDA graph, all of whose kernels start by one call; on a CPU the step as it is."""
+    if device.type != "cuda":
+        return step
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()  # libraries allocate their workspaces now, for they may not during a capture
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
 class State:
     """A batch in the middle of decoding: its cache, its next positions, and the tokens a repetition penalty counts."""
 
-    def __init__(self, llm: Llama, prompts: Prompts, new: int, repetition_penalty: float = 1.0):
+    def __init__(self, llm: Llama, prompts: Prompts, new: int, repetition_penalty: float = 1.0, graphs: bool = False):
         self.llm, self.penalty = llm, repetition_penalty
         x, ids, lengths = _embed(llm, prompts)
         self.cache = Cache(lengths, new, x, beginning(x.split(lengths)))
@@ -87,6 +150,7 @@ class State:
         self.seen = torch.zeros_like(self.logits, dtype=torch.bool) if repetition_penalty != 1 else None
         if self.seen is not None and ids is not None:
             self.seen[self.cache.place[0], ids] = True
+        self.fixed = Fixed(llm, self.cache) if graphs else None
 
     def penalized(self, scores: Tensor) -> Tensor:
         """Scores (B, V) with every token seen before made less likely (CTRL, Keskar et al. 2019)."""
@@ -102,14 +166,18 @@ class State:
         """Feed one token a row (B,) and compute the logits of the next."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        h = self.llm.hidden(self.llm.embed(tokens)[:, None], self.cache.extend, self.positions[:, None])
+        if self.fixed is not None:
+            self.logits = self.fixed(tokens, self.positions)
+        else:
+            h = self.llm.hidden(self.llm.embed(tokens)[:, None], self.cache.extend, self.positions[:, None])
+            self.logits = self.llm.head(h[:, 0])
         self.cache.end += 1
         self.positions = self.positions + 1
-        self.logits = self.llm.head(h[:, 0])
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
         self.cache.select(rows)
+        self.fixed = None if self.fixed is None else Fixed(self.llm, self.cache)
         self.positions, self.logits = self.positions[rows], self.logits[rows]
         self.seen = None if self.seen is None else self.seen[rows]
 
@@ -168,19 +236,20 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     follow: Follow | None = None,
+    graphs: bool = False,
 ) -> list[list[int]]:
     """New tokens of each prompt, up to the end token, which is left out.
 
     Prompts are ids (B, T), lists of ids or embeddings (T_i, D), of any lengths. Temperature 0 is greedy, or beam search
     over `num_beams`; above it tokens are drawn from the `top_p` nucleus with `generator`, which lives on llm's device.
-    `follow` sees each token as it comes, where there are no beams.
+    `follow` sees each token as it comes, where there are no beams. With `graphs` a GPU replays each step (Fixed).
     """
     _check(temperature, top_p, num_beams, repetition_penalty)
     if len(prompts) == 0 or max_new_tokens <= 0:
         return [[] for _ in prompts]
     ends = llm.config.eos_token_id if eos_id is None else eos_id
     eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    state = State(llm, prompts, max_new_tokens, repetition_penalty)
+    state = State(llm, prompts, max_new_tokens, repetition_penalty, graphs)
     if num_beams > 1:
         return _beam_search(state, max_new_tokens, num_beams, length_penalty, eos)
     return _sample(state, len(prompts), max_new_tokens, temperature, top_p, eos, generator, follow)
@@ -197,6 +266,7 @@ def generate_together(
     eos_id: int | Sequence[int] = (),
     generator: torch.Generator | None = None,
     follow: Follow | None = None,
+    graphs: bool = False,
 ) -> list[list[int]]:
     """generate() by several models, each with its own embeddings of the same prompts; there are no beams."""
     _check(temperature, top_p, num_beams, repetition_penalty)
@@ -206,7 +276,7 @@ def generate_together(
     if rows == 0 or max_new_tokens <= 0:
         return [[] for _ in range(rows)]
     eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    states = Together([State(llm, prompts, max_new_tokens, repetition_penalty) for llm, prompts in models])
+    states = Together([State(llm, prompts, max_new_tokens, repetition_penalty, graphs) for llm, prompts in models])
     return _sample(states, rows, max_new_tokens, temperature, top_p, eos, generator, follow)
 
 

@@ -355,6 +355,8 @@ def test_two_nodes_of_one_process_train_what_one_process_trains(base, runs, tmp_
         (["--offload"], "--offload: needs --shard"),
         (["--shard", "--offload"], "--offload: there is no GPU here whose memory it could spare"),
         (["--shard", "--fp16"], "--shard: not in fp16, use --precision bf16"),
+        (["--shard", "grads", "--cuda-graphs"],
+         "--shard: layers are gathered at every step, so --cuda-graphs cannot replay it"),
         (["--shard", "grads", "--temperature", "0.5"],
          "--shard: all processes must choose the same tokens, so --temperature must be 0"),
         (["--shard", "half"], "--shard: 'half' is not one of grads, full"),

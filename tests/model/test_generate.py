@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.config import UserError
-from model.generate import State, generate, nucleus, pick, score_labels
+from model import generate as decoding
+from model.generate import State, generate, generate_together, nucleus, pick, score_labels
 from model.llm import Llama, LlamaConfig
 
 SHAPES = {"mha": 4, "gqa": 2}
@@ -267,3 +268,81 @@ def test_tokens_are_seen_as_they_come_and_a_row_may_end_early(temperature):
     seen.clear()
     assert [len(answer) for answer in answers(lambda row, tokens: seen.append(row))] == [1] * 4  # None: enough
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Programs of Fixed as a graph would run them, blind to whatever is no tensor; the slots of each that was made."""
+    made = []
+
+    def captured(step, device):
+        fixed = step.__self__
+        made.append(fixed.slots)
+
+        def replay(slots=fixed.slots):
+            end, fixed.cache.end, now, fixed.slots = fixed.cache.end, None, fixed.slots, slots
+            try:
+                return step()
+            finally:
+                fixed.cache.end, fixed.slots = end, now
+
+        return replay
+
+    monkeypatch.setattr(decoding, "captured", captured)
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    return made
+
+
+@pytest.mark.parametrize("kv", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("prompts", [PROMPTS, BEGUN, [[5, 9, 11]]])
+def test_steps_of_fixed_shape_give_the_same_logits(kv, prompts, replayed):
+    llm = small(kv)
+    with torch.inference_mode():
+        plain, fixed = (State(llm, prompts, 18, graphs=graphs) for graphs in (False, True))
+        for _ in range(18):
+            tokens = torch.randint(0, 37, (len(prompts),))
+            plain.step(tokens)
+            fixed.step(tokens)
+            torch.testing.assert_close(fixed.logits, plain.logits, atol=1e-5, rtol=0)
+    first, slots = max(map(len, prompts)), plain.cache.slots
+    assert replayed == [min(n, slots) for n in range((first // 8 + 1) * 8, slots + 8, 8)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}, {"temperature": 0.8}])
+def test_generation_by_steps_of_fixed_shape(settings, replayed):
+    llm = small()
+    ends = [answer[n] for answer, n in zip(generate(llm, PROMPTS, 20, eos_id=[]), (2, 5, 9, 19), strict=True)]
+    plain, fixed = (
+        generate(llm, PROMPTS, 20, eos_id=ends, graphs=graphs, generator=torch.Generator().manual_seed(3), **settings)
+        for graphs in (False, True)
+    )
+    assert fixed == plain
+    assert any(plain)
+    assert replayed
+
+
+def test_a_program_is_made_anew_where_rows_leave(replayed):
+    llm = small()
+    wanted = generate(llm, PROMPTS, 20, eos_id=[])
+    stops = [3, 20, 5, 20]
+    found = generate(
+        llm, PROMPTS, 20, eos_id=[], graphs=True, follow=lambda row, tokens: len(tokens) < stops[row]
+    )  # fmt: skip
+    assert found == [row[:n] for row, n in zip(wanted, stops, strict=True)]
+    assert replayed == [8, 16, 16, 16, 24, 27]  # at slots 7, 8, where a row leaves at 10 and another at 12, 16 and 24
+
+
+def test_models_together_by_steps_of_fixed_shape(replayed):
+    models = [(small(2), PROMPTS), (small(4), PROMPTS)]
+    plain, fixed = (generate_together(models, 12, graphs=graphs) for graphs in (False, True))
+    assert fixed == plain
+    assert len(replayed) == 2 * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_gives_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    llm = small().cuda()
+    for beams in (1, 3):
+        plain, fixed = (generate(llm, PROMPTS, 20, num_beams=beams, graphs=graphs) for graphs in (False, True))
+        assert fixed == plain

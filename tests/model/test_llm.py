@@ -201,6 +201,9 @@ def test_compiled_parts_compute_what_they_did():
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-5)
     assert 0 < counters["stats"]["unique_graphs"] <= 6  # not one a layer, nor one a length
+    with torch.no_grad():  # other products on a CPU
+        for ids, output in zip(batches, outputs, strict=True):
+            torch.testing.assert_close(llm(ids), output.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_dtype_and_stray_buffers_on_load(tmp_path):

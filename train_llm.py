@@ -503,7 +503,8 @@ def warn_overfit(history: list[dict], say: Callable[[str], None]) -> None:
         if valid[-1][1] > 1.05 * low:
             say(
                 f"overfitting: valid loss was lowest ({low:.4f}) at step {at} and ended at {valid[-1][1]:.4f}, while "
-                f"the train loss fell to {losses[-1]:.4f}: stop earlier, or raise --dropout or --weight-decay"
+                f"the train loss fell to {losses[-1]:.4f}: stop earlier, raise --weight-decay or, of adapters, "
+                "--dropout, or train with --enable-augmentation"
             )
 
 

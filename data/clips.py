@@ -26,7 +26,8 @@ KNOWN_TESTS = (
     "reltive_DFEW_set_1_test.txt",
 )  # fmt: skip
 CURRICULA = ("none", "modalities", "length", "both")
-AUGMENTATIONS = ("question", "frame", "noise", "dropout", "streams")
+AUGMENTATIONS = ("question", "frame", "noise", "dropout", "streams", "words")
+UNSAID = 0.5  # share of the words that the last of them leaves out
 
 
 @dataclass
@@ -66,7 +67,7 @@ class DataConfig:
     replay_ratio: float = opt(0.1, "share of the samples that are replayed")
     replay_tasks: dict[str, float] = opt({"emotion": 1.0, "reason": 1.0}, "task_pool of the replayed clips")
     enable_augmentation: bool = opt(
-        False, "while training: noise and gaps in features, streams left out, other questions and frames"
+        False, "while training: noise and gaps in features, streams and words left out, other questions and frames"
     )
     augmentation_prob: float = opt(0.5, "probability of each augmentation", span=(0.0, 1.0))
     augmentations: dict[str, float] = opt({}, "only these, each with its own probability", choices=AUGMENTATIONS)
@@ -422,7 +423,8 @@ class ClipData:
     def _augmented(self, clip: Clip, rng: random.Random) -> tuple[Clip, dict[str, Tensor]]:
         """The clip and its values, with what AUGMENTATIONS its draws bring.
 
-        Another frame; noise of a tenth of a feature's deviation; a tenth of its coordinates blanked; only some streams.
+        Another frame; noise of a tenth of a feature's deviation; a tenth of its coordinates blanked; only some streams;
+        fewer words.
         """
         frame = rng.random() if self._draws("frame", rng) else None
         values = self.features(clip, frame)
@@ -440,6 +442,8 @@ class ClipData:
             kept = some(streams, rng)
             values = {name: v for name, v in values.items() if _stream(name) in kept}
             clip = clip if "text" in kept else replace(clip, text=None)
+        if clip.text and self._draws("words", rng):
+            clip = replace(clip, text=thinned(clip.text, rng))
         return clip, values
 
     def coverage(self) -> str:
@@ -459,6 +463,11 @@ def noisy(values: Mapping[str, Tensor], rng: random.Random) -> dict[str, Tensor]
     noise = torch.Generator().manual_seed(rng.getrandbits(63))
     tenth = {name: 0.1 * v.std(correction=0) for name, v in values.items()}
     return {name: v + tenth[name] * torch.randn(v.shape, generator=noise) for name, v in values.items()}
+
+
+def thinned(text: str, rng: random.Random) -> str:
+    """The text without some of its words, each left out by itself; where none would stay, all of it."""
+    return " ".join(word for word in text.split() if rng.random() >= UNSAID) or text
 
 
 def some(streams: Sequence[str], rng: random.Random) -> list[str]:

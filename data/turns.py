@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import UserError, opt
-from data.clips import DataConfig, noisy, some
+from data.clips import DataConfig, noisy, some, thinned
 from data.history import history_ids
 from data.manifest import Clip, split_by_group
 from data.mesc import EMOTIONS, STRATEGIES, Turn, leaks, memory_text, read_turns
@@ -22,7 +22,7 @@ from data.reconstruct import KINDS
 from data.support import CHATML, Chat, PromptConfig, TurnSample, make_sample
 
 FILES = (".json", ".jsonl")
-AUGMENTATIONS = ("noise", "streams")  # those of data/clips.py that turns have
+AUGMENTATIONS = ("noise", "streams", "words")  # those of data/clips.py that turns have
 DROPPED = ("video", "audio", "text")  # what "streams" leaves out; without its history a turn would be another one
 CLOSED = {"client_emotion": EMOTIONS, "therapist_emotion": EMOTIONS, "strategy": STRATEGIES}
 
@@ -85,7 +85,7 @@ class TurnData:
         return view
 
     def augmented(self, probabilities: Mapping[str, float], seed: int) -> "TurnData":
-        """The same turns, with noise or with only some of DROPPED by these probabilities of AUGMENTATIONS."""
+        """The same turns by these probabilities of AUGMENTATIONS: with noise, some of DROPPED alone, fewer words."""
         view = copy.copy(self)
         view.augment, view.seed = dict(probabilities), seed
         return view
@@ -96,12 +96,15 @@ class TurnData:
         if not self.augment:
             return self._made(turn, self.streams(turn, given))
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        noise, fewer = (rng.random() < self.augment.get(name, 0.0) for name in AUGMENTATIONS)
+        noise, fewer, thin = (rng.random() < self.augment.get(name, 0.0) for name in AUGMENTATIONS)
         there = [name for name in DROPPED if name in given and name in {"text", *self.streams.slots(turn)}]
         if fewer and len(there) > 1:
             kept = some(there, rng)
             view = self.only([name for name in given if name in kept or name not in there])
         values = self.streams(turn, view.cfg.prompt.modalities)
+        if thin:
+            past = [replace(said, text=thinned(said.text, rng)) for said in turn.history]
+            turn = replace(turn, client=thinned(turn.client, rng), situation=thinned(turn.situation, rng), history=past)
         return view._made(turn, noisy(values, rng) if noise else values)
 
     def tokens(self, index: int, epoch: int, places: Callable[..., int]) -> int:

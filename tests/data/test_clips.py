@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -307,6 +309,20 @@ def test_a_tenth_of_the_coordinates_is_blanked(root):
     for name, (_, width) in ROWS.items():
         assert gaps[name] / (1000 * width) == pytest.approx(0.05, abs=0.012), name  # half of the samples, a tenth each
     assert changed < 1000 * 0.5
+
+
+def test_words_are_left_out(root):
+    data = dataset(root, train=True, task_pool={"emotion": 1.0}, enable_augmentation=True, augmentations={"words": 0.5})
+    plain = dataset(root).sample(0)
+    words, kept = data.clips[0].text.split(), Counter()
+    for epoch in range(600):
+        sample = data.sample(0, epoch)
+        there = {*re.findall(r"\w+", sample.prompt)}
+        kept.update(there)
+        assert there & {*words}
+        kept["whole"] += sample.prompt == plain.prompt
+    assert all(0.7 < kept[word] / 600 < 0.88 for word in words), kept
+    assert 0.55 < kept["whole"] / 600 < 0.7  # .5 + .5 (.5^3 + .5^3)
 
 
 def test_the_question_is_paraphrased(root):

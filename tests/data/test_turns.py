@@ -1,6 +1,7 @@
 """Turns as samples: which are in which split, what of them is seen, and what never changes from training to use."""
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -217,3 +218,23 @@ def test_augmentation_adds_a_tenth_of_noise_and_leaves_some_streams_out_but_the_
         not torch.equal(same[0].values[name], same[2].values[name]) for name in rows if name in same[0].values
     )
     assert torch.equal(plain.sample(0, 7).values["audio"], rows["audio"])
+
+
+def test_augmentation_leaves_half_of_the_words_out_but_no_label_and_no_answer(tokenizer):
+    said = [Utterance("client", "sadness", "one two three four"), Utterance("therapist", "neutral", "five six")]
+    words = "seven eight nine ten eleven twelve"
+    full = turn(1, 0, client=words, situation="thirteen", history=said)
+    made = data(tokenizer, [full], prompt={"history_labels": True}).augmented({"words": 0.5}, seed=3)
+    plain, kept, whole = data(tokenizer, [full], prompt={"history_labels": True}).sample(0), Counter(), 0
+    for epoch in range(600):
+        sample = made.sample(0, epoch)
+        there = {*re.findall(r"[a-z]+", sample.prompt)}
+        kept.update(there)
+        whole += sample.prompt == plain.prompt
+        assert sample.answer == plain.answer
+        assert sample.prompt.count("sadness") == plain.prompt.count("sadness")
+        assert "thirteen" in sample.prompt  # the only word of its text
+        assert there & {"five", "six"}
+    assert 0.44 < whole / 600 < 0.57
+    assert all(0.69 < kept[word] / 600 < 0.82 for word in words.split())  # half of the samples lose half of them
+    assert made.sample(0, 5).prompt == made.sample(0, 5).prompt

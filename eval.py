@@ -180,7 +180,7 @@ def score_llm(cfg: Config, predictor: LlmPredictor, here: dist.Ranks, say: Calla
         return dist.cleanup()
     found = {
         n: emotion.evaluate(*model, data, labels, decode, here, cfg.batch_size,
-                            seed=cfg.seed, limit=cfg.limit, progress=True)
+                            seed=cfg.seed, limit=cfg.limit, progress=True, counts=predictor.counts.get("emotion"))
         for n, data in sets.items()
     }  # fmt: skip
     if here.main:
@@ -227,7 +227,7 @@ def score_turns(cfg: Config, predictor: TurnPredictor, here: dist.Ranks, say: Ca
     dist.connect(here)
     records = support.ask(
         predictor.mllm, predictor.tokenizer, chosen, cfg.decode, here, cfg.batch_size, cfg.seed, cfg.limit,
-        workers=cfg.num_workers, progress=True,
+        workers=cfg.num_workers, progress=True, counts=predictor.counts,
     )  # fmt: skip
     if here.main:
         scores = support.evaluate(records, prompt.emotions, prompt.strategies, cfg.text_metrics)

@@ -193,7 +193,7 @@ class LanguagePredictor(Predictor):
         if is_published(self.folder):
             shape = shape or PublishedConfig()
             super().__init__(shape.made())
-            self.data, self.support = DataConfig(), SupportConfig()
+            self.data, self.support, self.counts = DataConfig(), SupportConfig(), {}
             loaded = published.load(self.folder, shape, llm, device, dtype)
         else:
             states = [checkpoint.read_state(folder) for folder in folders]
@@ -202,6 +202,7 @@ class LanguagePredictor(Predictor):
             self.seed: int = states[0]["config"]["seed"]
             self.data = from_dict(DataConfig, states[0]["config"]["data"])
             self.support = from_dict(SupportConfig, states[0]["config"].get("support", {}))
+            self.counts: dict[str, dict[str, int]] = states[0].get("counts", {})
             if combine:
                 loaded = ensemble.load(folders, states, combine, device, dtype)
             else:
@@ -211,6 +212,7 @@ class LanguagePredictor(Predictor):
         if combine:
             self.coverage = f"{combine} of {', '.join(map(str, folders))} combined, {self.coverage}"
         self.decode = decode or DecodeConfig()
+        emotion.check(self.decode, bool(self.counts))
 
 
 class LlmPredictor(LanguagePredictor):
@@ -322,7 +324,8 @@ class LlmPredictor(LanguagePredictor):
         out = []
         # a speaker's clips may be more than --batch-size asks for
         size = 8 if self.together else len(samples)
-        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, size, follow=follow):
+        for record in emotion.answer(self.mllm, self.tokenizer, samples, self.data.labels, decode, size,
+                                     follow=follow, counts=self.counts.get("emotion")):  # fmt: skip
             absent = missing[record["id"]]
             streams = [name for name in (*self.made, "text") if name not in absent]
             result = {"id": record["id"], "available_modalities": streams, "missing": absent}
@@ -386,7 +389,8 @@ class TurnPredictor(LanguagePredictor):
         """The four fields for samples made by sample(), through the same code as evaluation."""
         results = []
         records = support.answer(
-            self.mllm, self.tokenizer, samples, self.support.prompt, self.decode, max(len(samples), 1), follow=follow
+            self.mllm, self.tokenizer, samples, self.support.prompt, self.decode, max(len(samples), 1), follow=follow,
+            counts=self.counts,
         )  # fmt: skip
         for record in records:
             absent, said = missing[record["id"]], parse_answer(record["answer"])

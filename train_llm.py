@@ -26,6 +26,7 @@ from common.weights import find_weights, identity
 from data.clips import ClipData, DataConfig
 from data.loader import Order, Samples, by_length, part_of, window, windows
 from data.turns import SupportConfig, is_turns
+from evals import emotion
 from evals.clips import ClipTask
 from evals.emotion import DecodeConfig
 from evals.reconstruct import ReconstructTask
@@ -188,7 +189,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     say(f"batch {cfg.batch_size} x {here.world} processes x {cfg.accum} accumulated = {per_step}{cut}; {iters} steps "
         f"an epoch, {total} in all; {trained:,} parameters train; {precision} on {here.device.type}")  # fmt: skip
     facts = {
-        "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": task.labels,
+        "config": config.to_dict(cfg), "commit": checkpoint.commit(), "labels": task.labels, "counts": task.counts,
         "features": task.describe(), "base": None if cfg.model.full else identity(find_weights(cfg.model.llm)),
         "compressor": compressor_identity(frozen) if (frozen := cfg.model.towers.frozen_compressor) else None,
         "world": here.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -331,6 +332,7 @@ def check_choice(cfg: Config, task: Task) -> None:
         raise UserError("--patience: needs --evaluate")
     if cfg.keep_best > 1 and not cfg.chooses():
         raise UserError("--keep-best: needs --save-best")
+    emotion.check(cfg.decode, True)
     if cfg.metric not in task.METRICS:
         raise UserError(f"--metric {cfg.metric}: not a score of these data ({', '.join(task.METRICS)})")
 

@@ -152,6 +152,11 @@ class ClipTask:
             return "emotion"
         return max(others, key=lambda task: others[task], default="emotion")
 
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each label is trained, under the name of its task."""
+        return {"emotion": self.trained[0].class_counts()}
+
     def parts(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[ClipData]:
         """What is trained on: the run's own clips, and perhaps replayed ones."""
         cfg, data, features = self.cfg, self.data, self.features
@@ -204,8 +209,9 @@ class ClipTask:
         assert valid is not None
         decode = cfg.decode if self.task == "emotion" else replace(cfg.decode, decode="generate")
         scores, records = emotion.evaluate(
-            mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, self.task, cfg.seed, cfg.eval_limit
-        )
+            mllm, tokenizer, valid, labels, decode, here, cfg.eval_batch_size, self.task, cfg.seed, cfg.eval_limit,
+            counts=self.counts["emotion"],
+        )  # fmt: skip
         mine = (valid.sample(i, task=self.task) for i in range(here.rank, len(valid), here.world))
         scores["loss"] = emotion.loss(mllm, mine, here, cfg.eval_batch_size, amp)
         numbers = {f"valid/{key}": scores[key] for key in (*LOGGED, cfg.metric) if key in scores}
@@ -236,8 +242,9 @@ class ClipTask:
             settings = replace(cfg.decode, decode="generate" if name == "generate" else "score")
             part = test.only(streams) if streams else test  # not only([]), which would undo --data.streams
             scores, records = emotion.evaluate(
-                mllm, tokenizer, part, self.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed
-            )
+                mllm, tokenizer, part, self.labels, settings, here, cfg.eval_batch_size, seed=cfg.seed,
+                counts=self.counts["emotion"],
+            )  # fmt: skip
             carrying = [r["prediction"] == r["label"] for r in records if name.split()[0] in cues.get(r["id"], ())]
             on = ""
             if carrying:

@@ -1,7 +1,7 @@
 """Emotion recognition with the multimodal language model: score the labels, or read one from generated text."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -63,6 +63,10 @@ class DecodeConfig:
     decode: str = opt(
         "score", "score: likelihood of each label; generate: free text", "--decode", choices=("score", "generate")
     )
+    balance: float = opt(
+        0.0, "score: divide a label's probability by its share of the training answers to this power; 0: leave it",
+        "--balance",
+    )  # fmt: skip
     extract: str = opt(
         "robust", "how a label is read from text (original: its last word)", choices=("robust", "original")
     )
@@ -91,10 +95,12 @@ def answer(
     seed: int = 0,
     progress: bool = False,
     follow: Follow | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> list[dict]:
     """One record a sample: id, label, prediction (None: no label in the answer), answer; probabilities when scoring.
 
-    `follow` sees answers grow while they are generated, without beams.
+    `follow` sees answers grow while they are generated, without beams. `counts`: how often each label was trained, for
+    cfg.balance.
     """
     order = sorted(
         range(len(samples)), key=lambda i: -sum(len(p) if isinstance(p, list) else 1 for p in samples[i].pieces)
@@ -110,7 +116,7 @@ def answer(
         with torch.inference_mode():
             batch = pack([samples[i] for i in chosen], mllm.cfg, answers=False).to(device)
             if cfg.decode == "score":
-                found = _score(mllm.score(batch, candidates), labels)
+                found = _score(balanced(mllm.score(batch, candidates), labels, counts or {}, cfg.balance), labels)
             else:
                 found = _generate(mllm, tokenizer, batch, labels, cfg, seed + start, follow)
         for i, record in zip(chosen, found, strict=True):
@@ -121,6 +127,31 @@ def answer(
         bar.update(len(chosen))
     bar.close()
     return [records[i] for i in range(len(samples))]
+
+
+def balanced(probabilities: Tensor, labels: Sequence[str], counts: Mapping[str, int], power: float) -> Tensor:
+    """Probabilities (B, L) of labels over what share of the training answers they were, to a power; their sum is 1.
+
+    Logit adjustment (Menon et al., ICLR 2021): what was common in training is else answered too often for any mean over
+    classes. A label that was never trained is taken for one of mean frequency.
+    """
+    known = [counts[label] for label in labels if counts.get(label)]
+    if not power or not known:
+        return probabilities
+    mean = sum(known) / len(known)
+    weights = torch.tensor([(counts.get(label) or mean) / mean for label in labels], device=probabilities.device)
+    adjusted = probabilities / weights**power
+    return adjusted / adjusted.sum(-1, keepdim=True)
+
+
+def check(cfg: DecodeConfig, counted: bool) -> None:
+    """UserError where answers cannot be balanced as asked; `counted`: it is known how often labels were trained."""
+    if cfg.balance < 0:
+        raise UserError(f"--balance: {cfg.balance:g} is negative")
+    if cfg.balance and cfg.decode != "score":
+        raise UserError("--balance: generated answers have no probabilities of labels (--decode score)")
+    if cfg.balance and not counted:
+        raise UserError("--balance: the checkpoint does not tell how often each label was trained")
 
 
 def _score(probabilities: Tensor, labels: Sequence[str]) -> list[dict]:
@@ -185,12 +216,13 @@ def ask(
     task: str = "emotion",
     seed: int = 0,
     progress: bool = False,
+    counts: Mapping[str, int] | None = None,
 ) -> list[dict]:
     """The records of the chosen clips; the ranks share the work and all get all of it."""
     was_training = mllm.training
     mllm.eval()
     samples = [data.sample(i, task=task) for i in chosen[here.rank :: here.world]]
-    mine = answer(mllm, tokenizer, samples, labels, cfg, batch_size, seed, progress and here.main)
+    mine = answer(mllm, tokenizer, samples, labels, cfg, batch_size, seed, progress and here.main, counts=counts)
     mllm.train(was_training)
     parts = dist.gather(mine)
     return [parts[i % here.world][i // here.world] for i in range(len(chosen))]
@@ -208,13 +240,14 @@ def evaluate(
     seed: int = 0,
     limit: int = 0,
     progress: bool = False,
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[dict, list[dict]]:
     """Scores and records over the clips whose label is in `labels`; the ranks share the work and all get all of it."""
     chosen = [i for i, label in enumerate(data.labels) if label in labels]
     chosen = chosen[:limit] if limit else chosen
     if not chosen:
         raise UserError(f"none of the {len(data)} clips has one of the labels {', '.join(labels)}: nothing to score")
-    records = ask(mllm, tokenizer, data, chosen, labels, cfg, here, batch_size, task, seed, progress)
+    records = ask(mllm, tokenizer, data, chosen, labels, cfg, here, batch_size, task, seed, progress, counts)
     return score(records, labels, cfg.extract), records
 
 

@@ -63,6 +63,10 @@ class ReconstructTask:
             raise UserError(f"--reconstruct {self.kind}: trains the compressor alone, so not with {', '.join(given)}")
 
     @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {}
+
+    @property
     def labels(self) -> list[str]:
         return []
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,11 +19,12 @@ from data.prompts import Encode, encode_answer
 from data.support import FIELDS, GAP, PromptConfig, TurnSample, asked, fields, parse_answer
 from data.turns import CLOSED, TurnData
 from evals import texts
-from evals.emotion import DecodeConfig, Follow, spelled
+from evals.emotion import DecodeConfig, Follow, balanced, spelled
 from model.combine import Ensemble
 from model.mllm import Mllm, alike, pack
 from model.tokenizer import Tokenizer
 
+Counts = Mapping[str, Mapping[str, int]]  # field -> label -> how often it was trained
 HELD = 64  # turns whose clips are in memory at a time
 COLUMNS = ("accuracy", "weighted_f1", "macro_f1", "precision_weighted", "recall_weighted", "invalid")
 
@@ -41,8 +42,8 @@ class Answers:
         self.texts = [""] * len(samples)  # as far as they are written
         self.probabilities: list[dict[str, dict[str, float]]] = [{} for _ in samples]
 
-    def score(self, name: str, labels: Sequence[str]) -> None:
-        """Writes the likeliest of the labels into a field of those whom it is asked of."""
+    def score(self, name: str, labels: Sequence[str], counts: Mapping[str, int], balance: float) -> None:
+        """Writes the likeliest of the labels, balanced by how often they were trained, into a field where asked for."""
         open_ = [i for i, names in enumerate(self.asked) if name in names]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
         prompts = {}
@@ -54,7 +55,8 @@ class Answers:
         for endings, members in groups.items():
             for chosen in self._batches(members, prompts):
                 batch = pack([prompts[i] for i in chosen], self.mllm.cfg, answers=False).to(place(self.mllm))
-                for i, row in zip(chosen, self.mllm.score(batch, [*map(list, endings)]).tolist(), strict=True):
+                found = balanced(self.mllm.score(batch, [*map(list, endings)]), labels, counts, balance)
+                for i, row in zip(chosen, found.tolist(), strict=True):
                     self.probabilities[i][name] = dict(zip(labels, row, strict=True))
                     self.texts[i] = self._line(i, name, labels[max(range(len(row)), key=row.__getitem__)])
 
@@ -110,16 +112,19 @@ def continued(
 def answer(
     mllm: Mllm | Ensemble, tokenizer: Tokenizer, samples: Sequence[TurnSample], prompt: PromptConfig, cfg: DecodeConfig,
     batch_size: int = 8, seed: int = 0, respond: bool = True, follow: Follow | None = None,
+    counts: Counts | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One record a sample: id, target and answer; with cfg.decode "score" the probabilities of the closed fields.
 
     Scored, each field is the likeliest label after the fields before it, and the response, unless `respond` is off, is
-    generated after all of them; else all of the answer is generated. `follow` sees what is generated grow.
+    generated after all of them; else all of the answer is generated. `follow` sees what is generated grow. `counts` are
+    for cfg.balance.
     """
     answers = Answers(mllm, tokenizer, samples, prompt, batch_size)
     if cfg.decode == "score":
         for name in CLOSED:
-            answers.score(name, prompt.strategies if name == "strategy" else prompt.emotions)
+            labels = prompt.strategies if name == "strategy" else prompt.emotions
+            answers.score(name, labels, (counts or {}).get(name, {}), cfg.balance)
     if cfg.decode == "generate" or (respond and "response" in prompt.fields):
         answers.generate(cfg, seed, follow)
     records = []
@@ -134,6 +139,7 @@ def answer(
 def ask(
     mllm: Mllm | Ensemble, tokenizer: Tokenizer, data: TurnData, cfg: DecodeConfig, here: dist.Ranks,
     batch_size: int = 8, seed: int = 0, limit: int = 0, respond: bool = True, workers: int = 0, progress: bool = False,
+    counts: Counts | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The records of the turns; the ranks share the work and all get all of it."""
     was_training = mllm.training
@@ -145,7 +151,8 @@ def ask(
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for at in tqdm(range(0, len(turns), HELD), cfg.decode, disable=quiet, leave=False):
             samples = list(pool.map(data.sample, turns[at : at + HELD]))
-            mine += answer(mllm, tokenizer, samples, data.cfg.prompt, cfg, batch_size, seed + at, respond)
+            prompt = data.cfg.prompt
+            mine += answer(mllm, tokenizer, samples, prompt, cfg, batch_size, seed + at, respond, counts=counts)
     mllm.train(was_training)
     parts = dist.gather(mine)
     return [parts[i % here.world][i // here.world] for i in range(count)]

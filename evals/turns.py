@@ -114,6 +114,11 @@ class TurnTask:
         prompt = self.cfg.support.prompt
         return {name: prompt.strategies if name == "strategy" else prompt.emotions for name in CLOSED}
 
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How often each label of each closed field is trained."""
+        return self.trained.class_counts()
+
     def parts(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[TurnData]:
         """What is trained on."""
         self.streams.scan([turn for turns in self.turns.values() for turn in turns], self.data.max_bad, say)
@@ -164,7 +169,7 @@ class TurnTask:
         assert valid is not None
         records = support.ask(
             mllm, tokenizer, valid, cfg.decode, here, cfg.eval_batch_size, cfg.seed, cfg.eval_limit,
-            respond=False, workers=cfg.num_workers,
+            respond=False, workers=cfg.num_workers, counts=self.counts,
         )  # fmt: skip
         found = support.evaluate(records, **self.choices())
         scores = summary(found)
@@ -198,7 +203,7 @@ class TurnTask:
                 continue
             records = support.ask(
                 mllm, tokenizer, test.only(left), cfg.decode, here, cfg.eval_batch_size, cfg.seed,
-                respond=gone is None, workers=cfg.num_workers,
+                respond=gone is None, workers=cfg.num_workers, counts=self.counts,
             )  # fmt: skip
             found = support.evaluate(records, **self.choices())
             name = f"without {gone}" if gone else "all"

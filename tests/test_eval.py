@@ -79,6 +79,31 @@ def test_the_validation_clips_score_as_they_did_while_training(trained, tmp_path
     assert metrics["clips"] == len(held_out)
 
 
+def test_labels_are_balanced_by_what_the_checkpoint_tells_of_training(trained, tmp_path):
+    folder = trained.run / "checkpoints" / "last"
+    counts = json.loads((folder / "state.json").read_text())["counts"]["emotion"]
+    run("--ckpt", folder, "--out", tmp_path / "plain")
+    run("--ckpt", folder, "--balance", 1, "--out", tmp_path / "balanced")
+    for before, after in zip(read(tmp_path / "plain")[1], read(tmp_path / "balanced")[1], strict=True):
+        p = {label: value / counts[label] for label, value in before["probabilities"].items()}
+        expected = {label: value / sum(p.values()) for label, value in p.items()}
+        assert after["probabilities"] == pytest.approx(expected, rel=1e-4)
+    assert read(tmp_path / "balanced")[0]["balance"] == 1.0
+
+    old = shutil.copytree(folder.resolve(), tmp_path / "old")
+    state = json.loads((old / "state.json").read_text())
+    (old / "state.json").write_text(json.dumps({name: value for name, value in state.items() if name != "counts"}))
+    for argv, error in (
+        (["--ckpt", old, "--balance", 1], "--balance: the checkpoint does not tell how often each label was trained"),
+        (["--ckpt", folder, "--balance", -1], "--balance: -1 is negative"),
+        (["--ckpt", folder, "--balance", 1, "--decode", "generate"],
+         "--balance: generated answers have no probabilities of labels (--decode score)"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as raised:
+            run(*argv)
+        assert str(raised.value) == error
+
+
 def test_a_copied_and_renamed_checkpoint_and_the_default_folder(trained, tmp_path):
     source = (trained.run / "checkpoints" / "best").resolve()
     copy = shutil.copytree(source, tmp_path / "elsewhere" / "my favourite")

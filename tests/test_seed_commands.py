@@ -161,7 +161,8 @@ FLAGS = {
         optim.warmup_steps --warmup-steps, optim.warmup_ratio --warmup-ratio,
         optim.schedule --schedule, optim.lr_stages, optim.weight_decay --weight-decay, optim.beta2,
         optim.grad_clip --grad-clip,
-        decode.decode --decode, decode.extract, decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams,
+        decode.decode --decode, decode.balance --balance, decode.extract, decode.max_new_tokens --max-new-tokens,
+        decode.num_beams --num-beams,
         decode.temperature --temperature, decode.top_p --top-p, decode.repetition_penalty,
         decode.cuda_graphs --cuda-graphs,
         ckpt --ckpt, out --out, epochs --epochs, iters_per_epoch --iters-per-epoch, batch_size --batch-size,
@@ -225,7 +226,7 @@ FLAGS = {
         log_every --log-every, save_every --save-every, test --test, keep --keep, ckpt --ckpt, out --out,
         resume --resume, overwrite --overwrite, fast --fast""",
     "eval": """
-        ckpt --ckpt, combine --combine, bench --bench, decode.decode --decode, decode.extract,
+        ckpt --ckpt, combine --combine, bench --bench, decode.decode --decode, decode.balance --balance, decode.extract,
         decode.max_new_tokens --max-new-tokens,
         decode.num_beams --num-beams, decode.temperature --temperature, decode.top_p --top-p,
         decode.repetition_penalty,
@@ -242,7 +243,7 @@ FLAGS = {
     "predict": """
         ckpt --ckpt, combine --combine, input --input, text --text, question --question, chat --chat,
         llm --llm, out --out, device --device, batch_size --batch-size, prompt_layout, decode.decode --decode,
-        decode.extract,
+        decode.balance --balance, decode.extract,
         decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams, decode.temperature --temperature,
         decode.top_p --top-p, decode.repetition_penalty,
         decode.cuda_graphs --cuda-graphs, model.lora_r, model.lora_alpha, model.features, model.visual,
@@ -250,7 +251,8 @@ FLAGS = {
     "demo": """
         ckpt --ckpt, combine --combine, fast --fast, llm --llm, device --device, prompt_layout, host --host,
         port --port, root --root, token --token, max_upload_mb --max-upload-mb, max_seconds --max-seconds,
-        queue --queue, batch_size --batch-size, page --page, decode.decode --decode, decode.extract,
+        queue --queue, batch_size --batch-size, page --page, decode.decode --decode, decode.balance --balance,
+        decode.extract,
         decode.max_new_tokens --max-new-tokens, decode.num_beams --num-beams, decode.temperature --temperature,
         decode.top_p --top-p, decode.repetition_penalty,
         decode.cuda_graphs --cuda-graphs, model.lora_r, model.lora_alpha, model.features, model.visual,
@@ -582,7 +584,7 @@ def test_the_keys_of_the_guides_do_what_they_say(merr, tmp_path, as_file, signal
         train_llm.main(load("--cfg-path", as_file(GUIDE), *toy, "--out", tmp_path / "run"))
     said = capsys.readouterr().out
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert "augmentation: question 0.5, frame 0.5, noise 0.5, dropout 0.5, streams 0.5\n" in said
+    assert "augmentation: question 0.5, frame 0.5, noise 0.5, dropout 0.5, streams 0.5, words 0.5\n" in said
     [(model, _)] = built
     assert model.cfg.places("image") == 64  # of 224 / 14 = 16 patches a side, four joined
     drops = {part.dropout.p for part in model.llm.modules() if isinstance(part, LoRALinear)}

@@ -774,9 +774,9 @@ def test_a_run_writes_what_it_promises(merr, tmp_path, capsys):
 def test_the_test_split_is_read_with_the_streams_that_were_trained(merr, tmp_path, monkeypatch):
     prompts, answer = [], emotion.answer
 
-    def reading(mllm, tokenizer, samples, *rest):
+    def reading(mllm, tokenizer, samples, *rest, **others):
         prompts.extend(sample.prompt for sample in samples)
-        return answer(mllm, tokenizer, samples, *rest)
+        return answer(mllm, tokenizer, samples, *rest, **others)
 
     monkeypatch.setattr(emotion, "answer", reading)
     argv = ["--data.streams", "voice", "--epochs", 1, "--iters-per-epoch", 1, "--test", "--out", tmp_path / "run"]
@@ -807,7 +807,7 @@ def test_a_curriculum_with_replay_is_logged_and_resumes_in_its_middle(merr, tmp_
     assert "curriculum both: 5 of 24 clips at first, all after 2 epochs; streams, words: from 1, " in said
     coverage = "(voice 21/24, patches 24/24, text 20/24)"
     assert f"replay: 24 clips of MERR_coarse_grained.txt {coverage}, 25% of the samples\n" in said
-    assert "augmentation: question 0.7, frame 0.7, noise 0.7, dropout 0.7, streams 0.7\n" in said
+    assert "augmentation: question 0.7, frame 0.7, noise 0.7, dropout 0.7, streams 0.7, words 0.7\n" in said
     pools = {record["step"]: record["pool"] for record in log}
     assert pools[1] == 5
     assert pools[10] < 24  # the step before the end of the second epoch
@@ -908,8 +908,8 @@ def scripted(monkeypatch, values, metric):
     """Evaluations that give these values of `metric` one after the other; what else they give is their own."""
     whole, script = emotion.evaluate, iter(values)
 
-    def evaluate(*args):
-        scores, records = whole(*args)
+    def evaluate(*args, **others):
+        scores, records = whole(*args, **others)
         return scores | {metric: next(script)}, records
 
     monkeypatch.setattr(emotion, "evaluate", evaluate)
@@ -1023,7 +1023,7 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
         (["--data.replay", "old.txt"], "annotation_file 'old.txt' not found (looked for {root}/old.txt and old.txt)"),
         (["--tokens-per-batch", "-1"], "--tokens-per-batch: -1 is negative"),
         (["--data.augmentations", "blur=0.5"],
-         "--data.augmentations: 'blur' is not one of question, frame, noise, dropout, streams"),
+         "--data.augmentations: 'blur' is not one of question, frame, noise, dropout, streams, words"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(merr, fails, tmp_path, argv, line):

@@ -94,6 +94,21 @@ def test_the_label_is_the_likeliest_answer(world):
         assert record["label"] == data.clips[i].label
 
 
+def test_balanced_labels_are_divided_by_how_often_they_were_trained(world):
+    model, tokenizer, data = world
+    counts = {"happy": 90, "sad": 9, "angry": 30, "calm": 5}  # neutral never
+    plain = emotion.evaluate(model, tokenizer, data, LABELS, DecodeConfig(), HERE, limit=20, counts=counts)[1]
+    made = emotion.evaluate(model, tokenizer, data, LABELS, DecodeConfig(balance=0.7), HERE, limit=20, counts=counts)[1]
+    for before, after in zip(plain, made, strict=True):
+        p = {label: before["probabilities"][label] / counts.get(label, 43) ** 0.7 for label in LABELS}  # 43: the mean
+        expected = {label: value / sum(p.values()) for label, value in p.items()}
+        assert after["probabilities"] == pytest.approx(expected, rel=1e-5)
+        assert after["prediction"] == max(expected, key=lambda label: expected[label]) == after["answer"]
+    assert [r["prediction"] for r in plain] != [r["prediction"] for r in made]
+    unknown = emotion.evaluate(model, tokenizer, data, LABELS, DecodeConfig(balance=0.7), HERE, limit=20)[1]
+    assert unknown == plain  # nothing is known of any
+
+
 def test_the_loss_is_a_mean_over_answer_tokens(world):
     model, _, data = world
     model.eval()

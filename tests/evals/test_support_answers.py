@@ -66,6 +66,26 @@ def test_scored_fields_follow_each_other(world):
         }  # fmt: skip
 
 
+def test_a_balanced_field_is_what_the_next_one_follows(world):
+    model, tokenizer, turns = world
+    counts = {"client_emotion": {"sadness": 1000, "neutral": 500, "joy": 1}}
+    cfg = DecodeConfig(balance=2.0)
+    [plain] = support.ask(model, tokenizer, turns, DecodeConfig(), HERE, limit=1, respond=False, counts=counts)
+    [made] = support.ask(model, tokenizer, turns, cfg, HERE, limit=1, respond=False, counts=counts)
+    before = plain["probabilities"]["client_emotion"]
+    p = {label: value / counts["client_emotion"][label] ** 2 for label, value in before.items()}
+    expected = {label: value / sum(p.values()) for label, value in p.items()}
+    assert made["probabilities"]["client_emotion"] == pytest.approx(expected, rel=1e-4)
+    first = max(expected, key=lambda label: expected[label])
+    assert first != max(before, key=lambda label: before[label])
+    lines = [f"Client's emotion: {first} \nTherapist's emotion: {label} \n" for label in EMOTIONS]
+    prompt = [token for piece in turns.sample(0).pieces for token in piece]
+    ids = [prompt + tokenizer.encode(line, specials=()) for line in lines]
+    scores = torch.tensor([likelihood(model, row, len(prompt)) for row in ids], dtype=torch.float64).softmax(0)
+    found = torch.tensor([*made["probabilities"]["therapist_emotion"].values()], dtype=torch.float64)  # never counted
+    torch.testing.assert_close(found, scores, atol=1e-5, rtol=1e-4)
+
+
 def test_the_last_field_ends_the_answer(world):
     model, tokenizer, turns = world
     alone = data(tokenizer, turns.turns[:2], compressed=False, prompt=PROMPT | {"fields": ["strategy"]})

@@ -28,7 +28,6 @@ from common.run import open_run, resume_or_start
 from data.layouts import MODALITIES
 from data.mock_mosei import make_mock
 from data.mosei import inspect, open_corpus
-from data.resident import ahead
 from data.utterances import SCHEMES, Utterances, level, load_splits
 from evals import sentiment
 from model.fusion import HEADS, Fusion, FusionConfig, known, load_original, losses
@@ -340,8 +339,7 @@ def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tu
     chunks = order.split(task.a_step * here.world, 1)[done:]
     a_step = sum(rows.shape[1] * train.values[m].shape[1] * 4 for m, rows in train.rows.items()) * order[:, 0].numel()
     together = max(1, GATHERED // (a_step * longest * task.a_step))
-
-    def found(first: int) -> list[tuple]:
+    for first in range(0, len(chunks), together):
         part = chunks[first : first + together]
         whole = known(task.target[task.units[torch.cat(part, 1)].flatten(1)])
         ends = torch.tensor([chunk.shape[1] * longest for chunk in part]).cumsum(0).to(whole.device)
@@ -352,13 +350,8 @@ def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tu
         x, mask = ({m: v.to(here.device).split(sizes, 1) for m, v in half.items()} for half in train.gather(index))
         y = task.target[index].to(here.device).split(sizes, 1)
         rows = rows.clamp_min(1).to(here.device).unbind(1)
-        return [
-            ({m: v[i] for m, v in x.items()}, {m: v[i] for m, v in mask.items()}, at, y[i], rows[i])
-            for i, at in enumerate(index.split(sizes, 1))
-        ]
-
-    for part in ahead((partial(found, first) for first in range(0, len(chunks), together)), train.device):
-        yield from part
+        for i, at in enumerate(index.split(sizes, 1)):
+            yield {m: v[i] for m, v in x.items()}, {m: v[i] for m, v in mask.items()}, at, y[i], rows[i]
 
 
 def step_loss(

@@ -16,7 +16,7 @@ from common.config import UserError, from_dict, opt
 from data.dialogue import previous, same_speaker
 from data.features import Store, is_store, open_features
 from data.manifest import Clip, leak_check, read_manifest, split_by_group
-from data.resident import Ragged, ahead, read
+from data.resident import Ragged, read
 
 MODALITIES = ("audio", "text")
 STREAMS = ("audio", "stats", "text")  # stats: a fixed vector of the sound beside its frames
@@ -131,17 +131,13 @@ class Pairs:
         """
         a_clip = sum(part.rows.shape[1] * part.values[0].nbytes for part in self.parts.values())
         together = max(1, GATHERED // max(1, a_clip * max(step.numel() for step in steps)))
-
-        def found(first: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        for first in range(0, len(steps), together):
             some = steps[first : first + together]
             sizes = [step.shape[1] for step in some]
             x, mask = ({m: part.to(device).split(sizes, 1) for m, part in half.items()}
                        for half in self.gather(torch.cat(list(some), 1)))  # fmt: skip
-            return [({m: part[i] for m, part in x.items()}, {m: part[i] for m, part in mask.items()})
-                    for i in range(len(some))]  # fmt: skip
-
-        for part in ahead((partial(found, first) for first in range(0, len(steps), together)), self.device):
-            yield from part
+            for i in range(len(some)):
+                yield {m: part[i] for m, part in x.items()}, {m: part[i] for m, part in mask.items()}
 
 
 def find_data(

@@ -1,16 +1,12 @@
 """Features of many clips in memory, back to back, gathered by index on their device: no loader, no padding."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from data.features import Store
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -57,19 +53,3 @@ def read(ids: Sequence[str], store: Store, max_frames: int) -> Ragged:
     starts = lengths.cumsum(0) - lengths
     rows = torch.where(place < lengths[:, None], starts[:, None] + place, none)
     return Ragged(values, torch.where(there[rows], rows, none))
-
-
-def ahead(jobs: Iterable[Callable[[], T]], device: torch.device) -> Iterator[T]:
-    """The results of jobs on `device`, in order; a CPU has a thread at the next one while a result is used."""
-    if device.type != "cpu":  # a GPU's queue is ahead anyway
-        yield from (job() for job in jobs)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for job in jobs:
-            begun = pool.submit(job)
-            if coming is not None:
-                yield coming.result()
-            coming = begun
-        if coming is not None:
-            yield coming.result()

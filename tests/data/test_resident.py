@@ -1,14 +1,10 @@
 """Ragged features in memory against loops over clips and frames: vectors, frames, ids, what is cut, lost or missing."""
 
-import time
-from functools import partial
-
 import pytest
 import torch
 
-from common.config import UserError
 from data.features import StoreWriter, open_features
-from data.resident import Ragged, ahead, read
+from data.resident import Ragged, read
 
 DIM = 3
 IDS = ["a", "b", "c", "d", "e", "f"]
@@ -137,32 +133,3 @@ def test_size_and_device():
     assert part.nbytes == 11 * 3 * 4 + 5 * 2 * 8
     moved = part.to(torch.device("meta"))
     assert (moved.values.device.type, moved.rows.device.type) == ("meta", "meta")
-
-
-def test_jobs_are_done_ahead_in_order():
-    begun = []
-
-    def job(i):
-        begun.append(i)
-        return i
-
-    jobs, cpu = (partial(job, i) for i in range(4)), torch.device("cpu")
-    results = ahead(jobs, cpu)
-    assert next(results) == 0
-    for _ in range(100):  # the next one needs nobody to ask for it
-        if begun == [0, 1]:
-            break
-        time.sleep(0.01)
-    assert begun == [0, 1]  # and is the only one
-    assert list(results) == [1, 2, 3]
-    assert list(ahead([], cpu)) == []
-
-
-def test_a_job_that_fails_raises_where_its_result_is_due():
-    def fails():
-        raise UserError("no such clip")
-
-    results = ahead([lambda: 1, fails, lambda: 3], torch.device("cpu"))
-    assert next(results) == 1
-    with pytest.raises(UserError, match="no such clip"):
-        next(results)

@@ -1,5 +1,6 @@
 """Emotion recognition with the multimodal language model: score the labels, or read one from generated text."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,14 +141,13 @@ def balanced(probabilities: Tensor, labels: Sequence[str], counts: Mapping[str, 
         return probabilities
     mean = sum(known) / len(known)
     weights = torch.tensor([(counts.get(label) or mean) / mean for label in labels], device=probabilities.device)
-    adjusted = probabilities / weights**power
-    return adjusted / adjusted.sum(-1, keepdim=True)
+    return (probabilities.log() - power * weights.log()).softmax(-1)  # a power of a rare label's share may underflow
 
 
 def check(cfg: DecodeConfig, counted: bool) -> None:
     """UserError where answers cannot be balanced as asked; `counted`: it is known how often labels were trained."""
-    if cfg.balance < 0:
-        raise UserError(f"--balance: {cfg.balance:g} is negative")
+    if not 0 <= cfg.balance < math.inf:
+        raise UserError(f"--balance: {cfg.balance:g} is no power of 0 or more")
     if cfg.balance and cfg.decode != "score":
         raise UserError("--balance: generated answers have no probabilities of labels (--decode score)")
     if cfg.balance and not counted:

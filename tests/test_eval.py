@@ -95,7 +95,8 @@ def test_labels_are_balanced_by_what_the_checkpoint_tells_of_training(trained, t
     (old / "state.json").write_text(json.dumps({name: value for name, value in state.items() if name != "counts"}))
     for argv, error in (
         (["--ckpt", old, "--balance", 1], "--balance: the checkpoint does not tell how often each label was trained"),
-        (["--ckpt", folder, "--balance", -1], "--balance: -1 is negative"),
+        (["--ckpt", folder, "--balance", -1], "--balance: -1 is no power of 0 or more"),
+        (["--ckpt", folder, "--balance", "nan"], "--balance: nan is no power of 0 or more"),
         (["--ckpt", folder, "--balance", 1, "--decode", "generate"],
          "--balance: generated answers have no probabilities of labels (--decode score)"),
     ):  # fmt: skip

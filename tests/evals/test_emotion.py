@@ -107,6 +107,8 @@ def test_balanced_labels_are_divided_by_how_often_they_were_trained(world):
     assert [r["prediction"] for r in plain] != [r["prediction"] for r in made]
     unknown = emotion.evaluate(model, tokenizer, data, LABELS, DecodeConfig(balance=0.7), HERE, limit=20)[1]
     assert unknown == plain  # nothing is known of any
+    extreme = emotion.balanced(torch.tensor([[0.9, 0.1, 0.0]]), ["a", "b", "c"], {"a": 10**6, "b": 1, "c": 1}, 40.0)
+    assert extreme.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_the_loss_is_a_mean_over_answer_tokens(world):

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ SHARD = 5 * 10**9  # bytes of weights in one file, as the Hub's own models have 
 # a VideoLLaMA2's own parts beside its language model, which other modules read
 PARTS = ("model.mm_projector.", "model.mm_projector_a.", "model.vision_tower.", "model.audio_tower.",
          "model.mamba_compressor.")  # fmt: skip
-SOME = 8, 48  # least and most rows of a product that Linear lays out for a CPU
+SOME = 16, 48  # least and most rows of a product that Linear lays out for a CPU
+MANY = 2**13  # outputs from which, as for a vocabulary, half as many rows are enough
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -140,21 +141,28 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.epsilon = torch.tensor(eps, device="cpu")  # eps for a kernel that takes tensors
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        # a CPU has no kernel for it: these five take half the time of those that rms_norm() calls for a row
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        # a CPU has no kernel for it: these five take a third of the time of those that rms_norm() calls for a row
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (x * scale).mul_(self.weight)
 
 
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and signed sin, fp32 (B, T, 1, Dh), of rotary positions (RoFormer), halves split as Hugging Face does."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() / theta**exponents  # (B, T, 1, Dh/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    angles = positions[..., None, None] / signed_wavelengths(head_dim, theta, positions.device)
+    return angles.cos(), angles.sin()
+
+
+@lru_cache
+def signed_wavelengths(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Positions per radian (Dh,) of each dimension of a head, negative in its first half."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return torch.cat((-(theta**exponents), theta**exponents))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -165,13 +173,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear whose products of some rows, as decoding a batch has them, are up to twice as fast on a CPU.
 
-    oneMKL is faster on them with the weight on the left; with fewer rows, or more, it is not.
+    oneMKL is faster on them with the weight on the left, which leaves the outputs of a row apart in memory; with fewer
+    rows, or more, it is not.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        plain = torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
-        if plain or not SOME[0] <= rows <= SOME[1]:
+        few = rows < (SOME[0] if self.out_features < MANY else SOME[0] // 2)
+        if few or rows > SOME[1] or torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
         y = (self.weight @ x.reshape(rows, -1).T).T
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
@@ -190,7 +199,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        # together in memory, which Linear does not promise: attention has no fast kernel for anything else
+        q, k, v = (proj(x).contiguous().unflatten(-1, (-1, self.head_dim)) for proj in projections)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)  # (B, T, H, Dh)
         y = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.config import UserError
-from model.llm import Causal, Linear, Llama, LlamaConfig, Packed
+from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed
 
 SMALL = {
     "vocab_size": 97,
@@ -150,8 +150,8 @@ def test_varlen_on_a_gpu():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [(1,), (7,), (8, 1), (2, 24), (49,)])
-@pytest.mark.parametrize("out", [96, 97])
+@pytest.mark.parametrize("rows", [(1,), (7,), (8, 1), (16,), (2, 24), (49,)])
+@pytest.mark.parametrize("out", [96, 97, MANY])
 def test_a_linear_is_the_same_for_any_number_of_rows(rows, out, bias):
     torch.manual_seed(0)
     linear, x = Linear(32, out, bias), torch.randn(*rows, 32)
@@ -160,6 +160,19 @@ def test_a_linear_is_the_same_for_any_number_of_rows(rows, out, bias):
     with torch.no_grad():
         torch.testing.assert_close(linear(x), wanted, atol=1e-6, rtol=0)
         assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 48])
+def test_attention_finds_each_head_together_in_memory(rows):
+    llm, strides = small(), []
+
+    def attend(layer, q, k, v):
+        strides.append([x.stride(-1) for x in (q, k, v)])
+        return Causal()(layer, q, k, v)
+
+    with torch.no_grad():
+        llm.hidden(torch.randn(rows, 1, 32), attend, torch.full((rows, 1), 5))
+    assert strides == [[1, 1, 1]] * 3
 
 
 def test_logits_are_float32_whatever_the_weights_are():

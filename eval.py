@@ -127,9 +127,7 @@ def main(cfg: Config) -> None:
         return score_llm(cfg, predictor, here, say)
     if cfg.bench not in (None, system):
         raise UserError(f"--bench {cfg.bench}: this checkpoint is of another kind (benchmark: {system})")
-    for name in READ["llm"]:
-        if name not in READ[system] and getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')}: not read for a checkpoint of {system}")
+    config.only(cfg, {*COMMON, *READ[system]}, f"the benchmark {system}")
     return OTHERS[system](cfg, folder, state, here, say) if here.main else None
 
 
@@ -140,6 +138,8 @@ def score_llm(cfg: Config, predictor: LlmPredictor, here: dist.Ranks, say: Calla
     """A language model on one of the benchmarks of evals/emotion.py; the ranks share the clips."""
     name, data_cfg = choose(cfg, predictor.data)
     bench = BENCHMARKS[name]
+    read = {*COMMON, *READ["llm"], *(FREE if bench.task != "emotion" else ())}
+    config.only(cfg, read - {"manifest", "test_file"} if name == "dfew" else read, f"the benchmark {name}")
     labels = list(bench.labels) or data_cfg.labels
     decode = cfg.decode if bench.task == "emotion" else replace(cfg.decode, decode="generate")
     free = None
@@ -207,6 +207,7 @@ def score_turns(cfg: Config, predictor: TurnPredictor, here: dist.Ranks, say: Ca
     """Dialogues: the four fields of an answer to each test turn, beside the commonest labels and a linear baseline."""
     if cfg.bench not in (None, "support"):
         raise UserError(f"--bench {cfg.bench}: this checkpoint answers turns of dialogues (benchmark: support)")
+    config.only(cfg, {*COMMON, *READ["support"]}, "the benchmark support")
     texts.check(cfg.text_metrics)
     data = replace(predictor.data, data_root=cfg.data_root or predictor.data.data_root)
     data.test_file = cfg.test_file or predictor.data.test_file
@@ -266,10 +267,6 @@ def choose(cfg: Config, trained: DataConfig) -> tuple[str, DataConfig]:
         data_cfg.labels = list(bench.asked)
     if bench.task != "emotion":  # the labels of its list, and those looked for in answers
         data_cfg.labels = list(dict.fromkeys([*trained.labels, *EMOTIONS9]))
-    unread = () if bench.task != "emotion" else ("truth", "synonyms")
-    for option in (*unread, *(("manifest", "test_file") if name == "dfew" else ())):
-        if getattr(cfg, option):
-            raise UserError(f"--{option.replace('_', '-')}: not read by the benchmark {name}")
     return name, data_cfg
 
 
@@ -299,6 +296,7 @@ def score_answers(cfg: Config, here: dist.Ranks, say: Callable) -> None:
     free = [name for name, bench in BENCHMARKS.items() if bench.task != "emotion"]
     if cfg.bench not in free or cfg.ckpt:
         raise UserError(f"--answers needs --bench {' or '.join(free)}, and no --ckpt")
+    config.only(cfg, {*COMMON, *FREE, "answers", "text_metrics", "limit", "seed"}, "--answers")
     assert cfg.answers is not None
     scorer = free_form(cfg, cfg.bench, cfg.truth, here)
     records = emer.read_answers(cfg.answers, (*emer.DESCRIPTIONS, *emer.WORDS))
@@ -316,6 +314,7 @@ def side_by_side(cfg: Config, say: Callable) -> None:
             raise UserError(f"--compare and --{name}: give one of them")
     if not cfg.compare:
         raise UserError("--published needs --compare")
+    config.only(cfg, {"compare", "published", "bench", "out", "device", "seed"}, "--compare")
     found = compare.align(compare.read(compare.find(cfg.compare, cfg.bench)))
     say(f"written to {page.write(Path(cfg.out or 'report.html'), found, cfg.published, cfg.seed)}")
 
@@ -405,11 +404,17 @@ def moved(cfg: Config) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in ("data_root", "manifest", "fold") if getattr(cfg, name)}
 
 
-# options that say what to evaluate on, by kind of checkpoint
+# options that are read, by kind of checkpoint, and by the benchmarks of free answers
+COMMON = ("ckpt", "combine", "bench", "out", "device", "batch_size", "num_workers")
+FREE = ("truth", "synonyms", "judge")
 READ = {
     "llm": (
         "llm", "data_root", "features_root", "manifest", "fold", "test_file", "streams", "prompt_layout", "question",
-        "limit", "truth", "synonyms", "text_metrics", "feature_folders", "image_path", "modalities",
+        "feature_folders", "limit", "seed", "text_metrics", "decode", "model",
+    ),
+    "support": (
+        "llm", "data_root", "test_file", "prompt_layout", "image_path", "modalities", "limit", "seed", "text_metrics",
+        "decode",
     ),
     "mosei": ("data_root", "manifest", "streams"),
     "clap": ("data_root", "manifest", "fold"),

@@ -713,6 +713,8 @@ def main(cfg: Config) -> None:
     prepare(predictor, cfg.prompt_layout)
     if cfg.chat:
         return chat(predictor, clips, cfg)
+    if not isinstance(predictor, LanguagePredictor):
+        config.only(cfg, ("ckpt", "input", "text", "question", "out", "device", "batch_size"), "this checkpoint")
     bad = 0
     with open(cfg.out, "w", encoding="utf-8") if cfg.out else open("/dev/null", "w") as file:
         for result in predictions(predictor, clips, cfg.question, cfg.batch_size):

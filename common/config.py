@@ -6,7 +6,7 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -251,6 +251,13 @@ def add(cfg: T, settings: list[Setting], by: str) -> T:
 def source(cfg: Any) -> str | None:
     """The YAML file of the command that made `cfg`."""
     return _given(cfg).file
+
+
+def only(cfg: Any, read: Collection[str], by: str) -> None:
+    """UserError if the command set a field beyond the fields and sections that are `read` by whom `by` names."""
+    for path, name in _given(cfg).paths.items():
+        if path.partition(".")[0] not in read:
+            raise UserError(f"{name}: not read by {by}")
 
 
 def flagged(cfg: Any, path: str) -> bool:

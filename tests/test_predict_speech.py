@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+import eval as evaluation
 import meld_train
 import predict
 import train_slm
@@ -156,6 +157,9 @@ def test_what_is_not_there_is_missing(spoken, trained, capsys):
     assert run(predict, argv) == 0
     label = expected["c42"]["prediction"]
     assert capsys.readouterr().out.splitlines()[1].startswith(f"42: {label}  [{label} ")
+    assert error(predict, [*argv, "--temperature", 0.5], capsys) == "--temperature: not read by this checkpoint"
+    line = error(evaluation, ["--ckpt", trained, "--balance", 0.5], capsys)
+    assert line == "--balance: not read by the benchmark slm"
 
 
 def test_features_in_place_of_a_clip(spoken, trained, monkeypatch):

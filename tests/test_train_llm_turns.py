@@ -19,7 +19,7 @@ from model.tokenizer import load_tokenizer
 from model.toy import make_toy_mamba, make_toy_qwen2
 from tests.conftest import FORK
 from tests.serving import request, served
-from tests.training import killed_saving, run, stopped_inside, weights
+from tests.training import error, killed_saving, run, stopped_inside, weights
 
 ROOT = Path(train_llm.__file__).parent
 EMOTIONS = "anger,sadness,joy,fear,neutral"
@@ -153,6 +153,13 @@ def test_evaluation_of_some_modalities(finished, tmp_path, capsys):
     assert "6 turns (text alone), given text" in capsys.readouterr().out
     record = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert "<video>" not in record["prompt"]
+
+
+@pytest.mark.parametrize("given", ["--fold 1", "--judge lexical", "--truth true.csv", "--features-root x"])
+def test_evaluation_refuses_what_it_would_not_read(finished, given, capsys):
+    option, value = given.split()
+    line = error(eval_script, ["--ckpt", finished, option, value], capsys)
+    assert line == f"{option}: not read by the benchmark support"
 
 
 def test_predictions_are_those_of_the_evaluation(finished, root, tmp_path):

@@ -208,8 +208,22 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, H * Dh)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs for the backward pass and nothing else: autograd would keep three."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class MLP(nn.Module):
-    """SwiGLU."""
+    """Products around SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -218,7 +232,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # a compiler finds out itself what to keep
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return self.down_proj(F.silu(gate) * up if plain else SwiGLU.apply(gate, up))
 
 
 class Layer(nn.Module):

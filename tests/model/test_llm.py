@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.config import UserError
-from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed
+from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed, SwiGLU
 
 SMALL = {
     "vocab_size": 97,
@@ -173,6 +173,16 @@ def test_attention_finds_each_head_together_in_memory(rows):
     with torch.no_grad():
         llm.hidden(torch.randn(rows, 1, 32), attend, torch.full((rows, 1), 5))
     assert strides == [[1, 1, 1]] * 3
+
+
+def test_swiglu_has_the_gradients_of_its_formula_and_keeps_its_inputs_alone():
+    gate, up = (torch.randn(3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+    torch.testing.assert_close(SwiGLU.apply(gate, up), gate * gate.sigmoid() * up)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
+        SwiGLU.apply(gate, up)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
 
 
 def test_logits_are_float32_whatever_the_weights_are():

@@ -405,14 +405,14 @@ def flops(shape: dict[str, Any], case: Case, samples: list[Sample]) -> float:
 def traffic(shape: dict[str, Any], case: Case, samples: list[Sample], half: bool) -> float:
     """Bytes that a step cannot but move.
 
-    Frozen weights are read forward and backward, the activations that the gradients need (specs: two norms' inputs, the
-    adapters' input, q, k, v, the attention's output, gate, up and SiLU of a layer; with checkpointing its input alone)
-    are written and read, so are the logits; fused AdamW reads four and writes three numbers of each that trains.
+    Frozen weights are read forward and backward, the activations that the gradients need (two norms' inputs, the
+    adapters' input, q, k, v, the attention's output, gate and up of a layer; with checkpointing its input alone) are
+    written and read, so are the logits; fused AdamW reads four and writes three numbers of each that trains.
     """
     d, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     tokens, labelled = (sum(n) for n in zip(*((s.length, len(s.answer)) for s in samples), strict=True))
     weights = layers * (4 * d * d + 3 * d * inner) + d * shape["vocab_size"]
-    kept = tokens * layers * (d if case.checkpointing else 7 * d + 3 * inner)
+    kept = tokens * layers * (d if case.checkpointing else 7 * d + 2 * inner)
     trained = layers * len(TARGETS) * 2 * d * RANK
     if case.image_size:
         trained += (MERGE + 1) * WIDTH * d

@@ -709,12 +709,12 @@ def main(cfg: Config) -> None:
     if not cfg.ckpt or not cfg.input:
         raise UserError(f"--{'input' if cfg.ckpt else 'ckpt'} is needed (see --help)")
     predictor = load(cfg.ckpt, cfg.device, cfg.decode, cfg.llm, cfg.combine, cfg.model)
+    if not isinstance(predictor, LanguagePredictor):
+        config.only(cfg, ("ckpt", "input", "text", "out", "device", "batch_size"), "this checkpoint")
     clips = predictor.inputs(cfg.input, cfg.text)
     prepare(predictor, cfg.prompt_layout)
     if cfg.chat:
         return chat(predictor, clips, cfg)
-    if not isinstance(predictor, LanguagePredictor):
-        config.only(cfg, ("ckpt", "input", "text", "question", "out", "device", "batch_size"), "this checkpoint")
     bad = 0
     with open(cfg.out, "w", encoding="utf-8") if cfg.out else open("/dev/null", "w") as file:
         for result in predictions(predictor, clips, cfg.question, cfg.batch_size):

@@ -254,7 +254,7 @@ def source(cfg: Any) -> str | None:
 
 
 def only(cfg: Any, read: Collection[str], by: str) -> None:
-    """UserError if the command set a field beyond the fields and sections that are `read` by whom `by` names."""
+    """UserError if the command set what is not among the fields and sections in `read`; `by`: who reads these alone."""
     for path, name in _given(cfg).paths.items():
         if path.partition(".")[0] not in read:
             raise UserError(f"{name}: not read by {by}")

@@ -233,7 +233,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        # a compiler finds out itself what to keep
+        # a compiler finds out itself what to keep, and would get the gradients of SwiGLU's products in place wrong
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         return self.down_proj(F.silu(gate) * up if plain else SwiGLU.apply(gate, up))
 

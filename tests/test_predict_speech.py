@@ -157,7 +157,8 @@ def test_what_is_not_there_is_missing(spoken, trained, capsys):
     assert run(predict, argv) == 0
     label = expected["c42"]["prediction"]
     assert capsys.readouterr().out.splitlines()[1].startswith(f"42: {label}  [{label} ")
-    assert error(predict, [*argv, "--temperature", 0.5], capsys) == "--temperature: not read by this checkpoint"
+    for option, value in (("--temperature", 0.5), ("--question", "[reason] Why?")):
+        assert error(predict, [*argv, option, value], capsys) == f"{option}: not read by this checkpoint"
     line = error(evaluation, ["--ckpt", trained, "--balance", 0.5], capsys)
     assert line == "--balance: not read by the benchmark slm"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.config import UserError
-from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed, SwiGLU
+from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed, SwiGLU, signed_wavelengths
 
 SMALL = {
     "vocab_size": 97,
@@ -173,6 +173,20 @@ def test_attention_finds_each_head_together_in_memory(rows):
     with torch.no_grad():
         llm.hidden(torch.randn(rows, 1, 32), attend, torch.full((rows, 1), 5))
     assert strides == [[1, 1, 1]] * 3
+
+
+def test_training_after_decoding_has_the_gradients_of_training_alone():
+    """What is kept of the rotary angles must not be bound to the mode in which it was first computed."""
+    llm, ids, found = small(), torch.randint(0, 97, (1, 9)), []
+    for first in (torch.enable_grad, torch.inference_mode):
+        signed_wavelengths.cache_clear()
+        with first():
+            llm(ids)
+        llm.zero_grad()
+        llm(ids).square().mean().backward()
+        found.append([p.grad.clone() for p in llm.parameters()])
+    for alone, after in zip(*found, strict=True):
+        assert torch.equal(alone, after)
 
 
 def test_swiglu_has_the_gradients_of_its_formula_and_keeps_its_inputs_alone():

@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        # a CPU has no kernel for it: these five take a third of the time of those that rms_norm() calls for a row
+        # a CPU has no kernel for it: for a row these five take .76 of the time of those that rms_norm() calls
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (x * scale).mul_(self.weight)

@@ -36,7 +36,6 @@ from model.seeds import statistics
 PLACES = ("datasets/mosei", "data/mosei")  # the second is where the guide has it
 # --fast with a data set is the guide's quick preset; without one, a small set is made and learnt in full
 FAST = {"batch_size": 8, "epochs": 5, "patience": 2, "lr": 1e-4}
-GATHERED = 4 * 2**20  # bytes of frames gathered at a time: what a cache holds until it is read
 MOCK = 1500  # utterances of the synthetic set
 FAST_MOCK = {"batch_size": 16, "epochs": 30, "patience": 8, "lr": 1e-3, "model.dropout": 0.4, "weight_decay": 0.05}
 
@@ -331,27 +330,20 @@ def read_test(cfg: Config, task: Task, place: Path, log: Logger, say: Callable[[
 
 
 def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tuple]:
-    """Frames, masks, indices (K, B), targets and the number of rows over all ranks (K,) of each step from `done` on.
-
-    Many small steps are gathered together: a slice of what is there costs a tenth of a gather of its own.
-    """
+    """Frames, masks, indices (K, B), targets and the number of rows over all ranks (K,) of each step from `done` on."""
     train, longest = task.splits["train"], task.units.shape[1]
     chunks = order.split(task.a_step * here.world, 1)[done:]
-    a_step = sum(rows.shape[1] * train.values[m].shape[1] * 4 for m, rows in train.rows.items()) * order[:, 0].numel()
-    together = max(1, GATHERED // (a_step * longest * task.a_step))
-    for first in range(0, len(chunks), together):
-        part = chunks[first : first + together]
-        whole = known(task.target[task.units[torch.cat(part, 1)].flatten(1)])
-        ends = torch.tensor([chunk.shape[1] * longest for chunk in part]).cumsum(0).to(whole.device)
-        rows = whole.cumsum(1)[:, ends - 1].diff(prepend=whole.new_zeros(len(whole), 1, dtype=torch.long))
-        own = [chunk[:, here.rank :: here.world] for chunk in part]
-        sizes = [chunk.shape[1] * longest for chunk in own]
-        index = task.units[torch.cat(own, 1)].flatten(1)
-        x, mask = ({m: v.to(here.device).split(sizes, 1) for m, v in half.items()} for half in train.gather(index))
-        y = task.target[index].to(here.device).split(sizes, 1)
-        rows = rows.clamp_min(1).to(here.device).unbind(1)
-        for i, at in enumerate(index.split(sizes, 1)):
-            yield {m: v[i] for m, v in x.items()}, {m: v[i] for m, v in mask.items()}, at, y[i], rows[i]
+    own = [chunk[:, here.rank :: here.world] for chunk in chunks]
+    sizes = [chunk.shape[1] * longest for chunk in own]
+    whole = known(task.target[task.units[torch.cat(chunks, 1)].flatten(1)])
+    ends = torch.tensor([chunk.shape[1] * longest for chunk in chunks]).cumsum(0).to(whole.device)
+    rows = whole.cumsum(1)[:, ends - 1].diff(prepend=whole.new_zeros(len(whole), 1, dtype=torch.long))
+    index = task.units[torch.cat(own, 1)].flatten(1)
+    y = task.target[index].to(here.device).split(sizes, 1)
+    rows = rows.clamp_min(1).to(here.device).unbind(1)
+    at = index.split(sizes, 1)
+    for (x, mask), *step in zip(train.batches(at, here.device), at, y, rows, strict=True):
+        yield x, mask, *step
 
 
 def step_loss(

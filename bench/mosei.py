@@ -1,14 +1,17 @@
 """Speed of train_mosei.py's loop beside a DataLoader's, of seeds side by side, and of opening data; all in one run.
 
 Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network (mlp) and for seeds side by side
-also the default one (xfuse), seven classes. The variants take
-turns, and each round gives one value of every ratio; the table has the medians over rounds.
+also the default one (xfuse), seven classes. The variants take turns, and each round gives one value of every number;
+the tables have the medians over rounds.
 
 ours          an epoch by train_mosei.py's own train_epoch
 DataLoader    the same steps on batches of a Dataset of one dict of tensors a row and the default collate; like ours
               without the guide's loss.item() a step, so the gap to the guide's own trainer is wider
 floor         forward, loss, backward, clipping and AdamW on one batch that never changes: no data path can beat it
-overhead      (epoch - floor) / epoch
+overhead      (epoch - floor) / epoch; on a CPU it may be smaller than the noise of either
+loop          what lies in the same epochs between an optimiser's step and the next forward, by the clock, less what
+              lies there in the floor's: the same overhead without that noise, and without what it does to the model's
+              own time
 
 $ python bench/mosei.py
 """
@@ -20,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -38,6 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
+from bench.loops import Clock, Variant, alternate, compare
 from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
@@ -52,15 +55,13 @@ from model.fusion import Fusion, FusionConfig, known
 DIMS = {"text": 768, "audio": 768, "video": 25}
 SEQUENCES = {"text": (768, np.float32), "audio": (74, np.float64), "vision": (35, np.float64)}  # MMSA's aligned_50
 FRAMES = 50
-RARE = 3  # a slow variant takes part in every third round
-WARM = 20  # steps of each variant before the first round
 
 
 @dataclass
 class Config:
     rows: int = opt(16_326, "utterances of an epoch", "--rows")
     pickle_rows: int = opt(4_000, "utterances of the pickle; 0 leaves that part out", "--pickle-rows")
-    repeats: int = opt(7, "rounds; of the slow variants, worker processes and files, a third as many", "--repeats")
+    repeats: int = opt(7, "rounds; of files a third as many", "--repeats")
     num_workers: list[int] = opt([0, 4], "worker processes of the DataLoaders", "--num-workers")
     threads: int = opt(1, "threads of PyTorch", "--threads")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
@@ -71,11 +72,15 @@ class Loop:
     """A task and its optimiser, as train_mosei.py builds them."""
 
     def __init__(
-        self, data: Utterances, batch: int, seeds: int, device: torch.device, bf16: bool = False, model: str = "mlp"
+        self,
+        data: Utterances,
+        batch: int,
+        seeds: int,
+        device: torch.device,
+        precision: str = "fp32",
+        model: str = "mlp",
     ) -> None:
-        self.cfg = train_mosei.Config(
-            model=FusionConfig(model=model), batch_size=batch, precision="bf16" if bf16 else "fp32"
-        )
+        self.cfg = train_mosei.Config(model=FusionConfig(model=model), batch_size=batch, precision=precision)
         self.here, self.seeds = dist.Ranks(device=device), seeds
         fusion = Fusion(self.cfg.model, DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
         units = torch.arange(len(data), device=device)[:, None]
@@ -83,6 +88,7 @@ class Loop:
         self.task = train_mosei.Task({"train": data}, fusion, target, None, units, batch, 0, True)
         self.flat = Flat(fusion)
         self.optimizer = self.flat.adamw(self.cfg.lr, self.cfg.weight_decay)
+        self.clock = Clock(fusion.core, self.optimizer, device)
         self.steps = math.ceil(len(data) / batch)
         self.stop = dist.Stop()
         self.stop.release()
@@ -99,10 +105,10 @@ class Loop:
     def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and loss of one step on these frames."""
         logits, loss, extra = train_mosei.step_loss(self.task, x, mask, y, y, rows, self.cfg)
+        self.flat.zero_grad()
         (loss + extra).sum().backward()
         self.flat.clip(self.cfg.grad_clip)
         self.optimizer.step()
-        self.flat.zero_grad()
         return logits.detach(), loss.detach()
 
     def loader(self, loader: DataLoader, steps: int) -> None:
@@ -159,68 +165,34 @@ def random_utterances(rows: int) -> Utterances:
     return Utterances(clips, "score", score, torch.full((rows, 6), torch.nan), values, places, members)
 
 
-Times = dict[str, list[float]]
-
-
-def alternate(variants: dict[str, tuple[Callable[[int], None], int, bool]], repeats: int) -> Times:
-    """ms a step of each variant (epoch, steps, whether slow) in each round; the order turns round every time."""
-    times: Times = {name: [] for name in variants}
-    for epoch, *_ in variants.values():
-        epoch(WARM)
-    for round in range(repeats):
-        names = list(variants)[:: 1 if round % 2 else -1]
-        for name in names:
-            epoch, steps, slow = variants[name]
-            if slow and round % RARE:
-                continue
-            began = time.perf_counter()
-            epoch(steps)
-            times[name].append(1000 * (time.perf_counter() - began) / steps)
-    return times
-
-
-def pairs(times: Times, a: str, b: str) -> list[tuple[float, float]]:
-    """Times of two variants in the rounds that both have."""
-    rounds = min(len(times[a]), len(times[b]))
-    x, y = (times[name][:: RARE if len(times[name]) > rounds else 1] for name in (a, b))
-    return list(zip(x, y, strict=True))
-
-
-def training(cfg: Config, device: torch.device, bf16: bool) -> list[tuple[str, str]]:
-    """Rows of the table: ms a step and ratios of the ways to train."""
+def training(cfg: Config, device: torch.device, precision: str) -> list[str]:
+    """Lines of the tables of ways to train, and of seeds side by side."""
     data = random_utterances(cfg.rows)
     here = data.to(device)
-    variants: dict[str, tuple[Callable[[int], None], int, bool]] = {}
-    peers = {batch: [f"DataLoader, {n} workers, batch {batch}" for n in cfg.num_workers] for batch in (16, 512)}
-    for batch, names in peers.items():
-        loop, peer = (Loop(here, batch, 1, device, bf16) for _ in range(2))
-        variants[f"ours, batch {batch}"] = (loop.ours, loop.steps, False)
-        variants[f"floor, batch {batch}"] = (loop.floor, loop.steps, False)
-        for name, workers in zip(names, cfg.num_workers, strict=True):
-            source = DataLoader(Rows(data), batch, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
-            variants[name] = (partial(peer.loader, source), peer.steps, workers > 0)
+    lines: list[str] = []
+    for batch in (16, 512):
+        loop, peer = (Loop(here, batch, 1, device, precision) for _ in range(2))
+        loaders = {
+            n: DataLoader(
+                Rows(data), batch, shuffle=True, num_workers=n, pin_memory=device.type == "cuda",
+                persistent_workers=n > 0,
+            )
+            for n in cfg.num_workers
+        }  # fmt: skip
+        lines += compare(f"mlp, batch {batch}, {loop.steps} steps, {precision}", loop, peer, loaders, cfg.repeats)
     for name in ("mlp", "xfuse"):
-        for seeds in (1, 5):
-            loop = Loop(here, 16, seeds, device, bf16, name)
+        seeds: dict[str, Variant] = {}
+        for k in (1, 5):
+            loop = Loop(here, 16, k, device, precision, name)
             # enough steps for a steady time: xfuse takes several times longer
-            variants[f"{name}, {seeds} seed{'s' * (seeds > 1)}, batch 16"] = (loop.ours, min(loop.steps, 200), False)
-    times = alternate(variants, cfg.repeats)
-
-    rows = [(f"{name}: ms a step", spread(values)) for name, values in times.items()]
-    for batch, names in peers.items():
-        ours, floor = f"ours, batch {batch}", f"floor, batch {batch}"
-        for name in (ours, *names):
-            share = [(x - y) / x for x, y in pairs(times, name, floor)]
-            rows.append((f"{name}: overhead, share of an epoch", spread(share)))
-        own = median(x - y for x, y in pairs(times, ours, floor))
-        for name in names:
-            rows.append((f"{name}: epoch, times ours", spread([x / y for x, y in pairs(times, name, ours)])))
-            extra = median(x - y for x, y in pairs(times, name, floor))
-            rows.append((f"{name}: overhead, times ours", f"{extra / own:.3g}"))
-    for name in ("mlp", "xfuse"):
-        both = pairs(times, f"{name}, 1 seed, batch 16", f"{name}, 5 seeds, batch 16")
-        rows.append((f"{name}: 5 x one seed, times 5 seeds at once, batch 16", spread([5 * x / y for x, y in both])))
-    return rows
+            seeds[f"{k} seed{'s' * (k > 1)}"] = loop.clock, loop.ours, min(loop.steps, 200)
+        found = {k: [whole for whole, _ in each] for k, each in alternate(seeds, cfg.repeats).items()}
+        ratio = [5 * one / five for one, five in zip(*found.values(), strict=True)]
+        lines += table(f"{name}, batch 16, {precision}", [
+            *((f"{k}: ms a step", spread(each)) for k, each in found.items()),
+            ("5 x one seed, times 5 seeds at once", spread(ratio)),
+        ])  # fmt: skip
+    return lines
 
 
 # --- opening data -----------------------------------------------------------------------------------------------------
@@ -291,7 +263,7 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
             "converted store, ready to train": (load_store, Path(f"{path}.store")),
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for _ in range(max(1, cfg.repeats // RARE)):
+        for _ in range(max(1, cfg.repeats // 3)):
             for name, (load, place) in ways.items():
                 found[name].append(apart(measured, load, place))
     rows = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
@@ -314,13 +286,10 @@ def main(cfg: Config) -> None:
     device = dist.ranks(cfg.device).device
     what = f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)"
     lines = header("bench/mosei.py", device, cfg.threads, what)
-    parts = [("fp32", partial(training, cfg, device, False))]
-    if device.type == "cuda":
-        parts.append(("bf16", partial(training, cfg, device, True)))
+    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+        lines += training(cfg, device, precision)
     if cfg.pickle_rows:
-        parts.append(("opening data", partial(opening, cfg)))
-    for title, part in parts:
-        lines += table(title, part())
+        lines += table("opening data", opening(cfg))
     publish(lines, cfg.write)
 
 

@@ -17,10 +17,8 @@ $ python bench/speech.py
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_clap
 import train_slm
-from bench.report import header, publish, spread
+from bench.loops import Clock, compare
+from bench.report import header, publish
 from common import dist
 from common.config import UserError, opt, run
 from common.flat import Flat
@@ -49,11 +48,6 @@ from model.slm import Slm, SlmConfig
 
 CLASSES = 36
 SCRIPTS = 0.9  # as many different ones as clips
-WARM = 2  # steps of each variant before the first round
-COLUMNS = (
-    "ms a step", "overhead, share of the epoch", "loop, ms a step", "loop, share of the epoch", "epoch, times ours",
-    "loop, times ours",
-)  # fmt: skip
 
 
 @dataclass
@@ -68,43 +62,6 @@ class Config:
     threads: int = opt(1, "threads of PyTorch", "--threads")
     device: str = opt("auto", "cpu, cuda or cuda:N", "--device")
     write: bool = opt(True, "append to bench/RESULTS.md", "--write")
-
-
-class Clock:
-    """Adds up the time from the forward to the end of the optimiser's step, over the steps since it was set."""
-
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[Any] = []
-        model.register_forward_pre_hook(lambda *_: self.mark())
-        optimizer.register_step_post_hook(lambda *_: self.mark())
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":  # which is not waited for between steps
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def ms(self) -> float:
-        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-        if self.device.type == "cuda":
-            return sum(a.elapsed_time(b) for a, b in pairs)
-        return 1000 * sum(b - a for a, b in pairs)
-
-    def of(self, epoch: Callable[[], object], steps: int) -> tuple[float, float]:
-        """ms a step of an epoch, and of it what no forward, backward or optimiser takes."""
-        self.wait()
-        self.marks.clear()
-        began = time.perf_counter()
-        epoch()
-        self.wait()
-        whole = 1000 * (time.perf_counter() - began)
-        return whole / steps, (whole - self.ms()) / steps
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Loop:
@@ -131,6 +88,11 @@ class Loop:
 
     def after(self) -> None:
         """What the script does after the optimiser's step."""
+
+    def look(self) -> None:
+        """The gradient norm that the scripts look at once an epoch where nothing is clipped."""
+        if not self.cfg.grad_clip:
+            self.flat.clip(0.0)
 
     def order(self) -> Tensor:
         """The clips (1, N) of an epoch, the same for every variant."""
@@ -165,6 +127,7 @@ class Loop:
             losses.append(loss)
             if logits is not None:
                 right += (logits.argmax(-1) == y).sum(1)
+        self.look()
         return torch.cat(losses)
 
     def floor(self, steps: int) -> None:
@@ -174,6 +137,7 @@ class Loop:
         y = self.labels[index]
         for _ in range(steps):
             self.update(x, mask, y)
+        self.look()
 
 
 class SlmLoop(Loop):
@@ -260,47 +224,13 @@ def loader(loop: Loop, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-Times = dict[str, list[tuple[float, float]]]
-
-
-def alternate(variants: dict[str, tuple[Loop, Callable[[int], object]]], repeats: int) -> Times:
-    """What the clock says of each variant's epoch in each round; the order turns round every time."""
-    times: Times = {name: [] for name in variants}
-    for loop, epoch in variants.values():
-        epoch(min(WARM, loop.steps))
-    for round in range(repeats):
-        for name in list(variants)[:: 1 if round % 2 else -1]:
-            loop, epoch = variants[name]
-            times[name].append(loop.clock.of(partial(epoch, loop.steps), loop.steps))
-    return times
-
-
 def measure(kind: Callable[[Pairs, int, str], Loop], data: Pairs, batch: int, precision: str, cfg: Config) -> list[str]:
     """The lines of the table of one model and batch size."""
     loop, peer = (kind(data, batch, precision) for _ in range(2))
     if loop.steps < 1:
         raise UserError(f"{len(data)} clips are less than a step of {batch}")
-    variants: dict[str, tuple[Loop, Callable[[int], object]]] = {"floor": (loop, loop.floor), "ours": (loop, loop.ours)}
-    for n in cfg.num_workers:
-        variants[f"DataLoader, {n} workers"] = peer, partial(peer.loader, loader(peer, n))
     name = f"{'SLM' if kind is SlmLoop else 'CLAP'}, batch {batch}, {loop.steps} steps, {precision}"
-    return [f"| {name} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|",
-            *rows(alternate(variants, cfg.repeats))]  # fmt: skip
-
-
-def rows(times: Times) -> list[str]:
-    """A line of the table for each variant: median (least to most) over rounds."""
-    lines = []
-    for name, each in times.items():
-        columns: list[list[float]] = [[whole for whole, _ in each], *([] for _ in COLUMNS[1:])]
-        if name != "floor":
-            for (whole, rest), (least, none), (ours, own) in zip(each, times["floor"], times["ours"], strict=True):
-                loop = rest - none
-                values = (whole - least) / whole, loop, loop / whole, whole / ours, loop / (own - none)
-                for column, value in zip(columns[1:], values, strict=True):
-                    column.append(value)
-        lines.append(f"| {name} | {' | '.join(map(spread, columns))} |")
-    return lines
+    return compare(name, loop, peer, {n: loader(peer, n) for n in cfg.num_workers}, cfg.repeats)
 
 
 def main(cfg: Config) -> None:
@@ -313,7 +243,7 @@ def main(cfg: Config) -> None:
         data = random_pairs(count, cfg.dim).to(device)
         for batch in batches:
             for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
-                lines += [*measure(kind, data, batch, precision, cfg), ""]
+                lines += measure(kind, data, batch, precision, cfg)
     publish(lines, cfg.write)
 
 

@@ -16,12 +16,11 @@ from common.config import UserError, from_dict, opt
 from data.dialogue import previous, same_speaker
 from data.features import Store, is_store, open_features
 from data.manifest import Clip, leak_check, read_manifest, split_by_group
-from data.resident import Ragged, read
+from data.resident import Batch, Ragged, batches, gather, read
 
 MODALITIES = ("audio", "text")
 STREAMS = ("audio", "stats", "text")  # stats: a fixed vector of the sound beside its frames
 SPLITS = ("train", "valid", "test")
-GATHERED = 4 * 2**20  # bytes of features gathered at a time: what a cache holds until it is read
 
 
 @dataclass
@@ -117,27 +116,13 @@ class Pairs:
             if m in self.parts:
                 self.parts[m] = self.parts[m].map(partial(transform, m))
 
-    def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gather(self, index: Tensor) -> Batch:
         """Features (K, B, T, D), or ids (K, B, T), and masks (K, B, T) of the clips index (K, B); N stands for none."""
-        found = {m: part.gather(index) for m, part in self.parts.items()}
-        return {m: x for m, (x, _) in found.items()}, {m: mask for m, (_, mask) in found.items()}
+        return gather(self.parts, index)
 
-    def batches(
-        self, steps: Sequence[Tensor], device: torch.device
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """What gather() finds for each of steps (K, B), on `device`.
-
-        Many small steps are gathered together: a slice of what is there costs a tenth of a gather of its own.
-        """
-        a_clip = sum(part.rows.shape[1] * part.values[0].nbytes for part in self.parts.values())
-        together = max(1, GATHERED // max(1, a_clip * max(step.numel() for step in steps)))
-        for first in range(0, len(steps), together):
-            some = steps[first : first + together]
-            sizes = [step.shape[1] for step in some]
-            x, mask = ({m: part.to(device).split(sizes, 1) for m, part in half.items()}
-                       for half in self.gather(torch.cat(list(some), 1)))  # fmt: skip
-            for i in range(len(some)):
-                yield {m: part[i] for m, part in x.items()}, {m: part[i] for m, part in mask.items()}
+    def batches(self, steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
+        """What gather() finds for each of steps (K, B), on `device`."""
+        return batches(self.parts, steps, device)
 
 
 def find_data(

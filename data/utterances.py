@@ -1,6 +1,6 @@
 """Utterances of one split in memory: features of every modality back to back, gathered by index on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from common.config import UserError
 from data.features import FeatureStore, NpyFolder, is_store, open_features
 from data.layouts import MODALITIES, label_kind, read_rows
 from data.manifest import EMOTIONS, Clip, group_of, leak_check, split_by_group
-from data.resident import Ragged, read
+from data.resident import Batch, Ragged, batches, gather, read
 
 SCHEMES = ("half_even", "half_away", "cmu")
 
@@ -53,10 +53,17 @@ class Utterances:
         parts = {name: {m: x.to(device) for m, x in getattr(self, name).items()} for name in ("values", "rows")}
         return replace(self, **moved, **parts)
 
-    def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    @property
+    def parts(self) -> dict[str, Ragged]:
+        return {m: Ragged(values, self.rows[m]) for m, values in self.values.items()}
+
+    def gather(self, index: Tensor) -> Batch:
         """Frames (K, B, T, D) and masks (K, B, T) of the utterances index (K, B); N stands for none."""
-        parts = {m: Ragged(values, self.rows[m]).gather(index) for m, values in self.values.items()}
-        return {m: part[0] for m, part in parts.items()}, {m: part[1] for m, part in parts.items()}
+        return gather(self.parts, index)
+
+    def batches(self, steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
+        """What gather() finds for each of steps (K, B), on `device`."""
+        return batches(self.parts, steps, device)
 
     def targets(self, head: str, scheme: str) -> Tensor:
         """(N + 1,) class indices (-1: none) or scores (NaN: none), (N + 1, 6) presence of emotions (NaN: none).

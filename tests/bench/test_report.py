@@ -12,7 +12,9 @@ import torch
 
 from bench import report
 
-SCRIPTS = sorted(path.stem for path in report.RESULTS.parent.glob("*.py") if path.stem not in ("__init__", "report"))
+SCRIPTS = sorted(
+    path.stem for path in report.RESULTS.parent.glob("*.py") if path.stem not in ("__init__", "loops", "report")
+)
 
 
 def test_spread():

@@ -1,10 +1,13 @@
 """Ragged features in memory against loops over clips and frames: vectors, frames, ids, what is cut, lost or missing."""
 
+import threading
+
 import pytest
 import torch
 
+from data import resident
 from data.features import StoreWriter, open_features
-from data.resident import Ragged, read
+from data.resident import Ragged, batches, gather, read
 
 DIM = 3
 IDS = ["a", "b", "c", "d", "e", "f"]
@@ -133,3 +136,47 @@ def test_size_and_device():
     assert part.nbytes == 11 * 3 * 4 + 5 * 2 * 8
     moved = part.to(torch.device("meta"))
     assert (moved.values.device.type, moved.rows.device.type) == ("meta", "meta")
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 2**20])
+@pytest.mark.parametrize("kind", ["vectors", "frames", "ids"])
+def test_batches_are_what_gather_finds_for_each_step(tmp_path, monkeypatch, kind, chunk):
+    monkeypatch.setattr(resident, "GATHERED", chunk)
+    parts = {m: read(IDS, store(tmp_path / m, drawn(kind, seed)), 5) for seed, m in enumerate(("audio", "text"))}
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randint(len(IDS) + 1, (2, size), generator=generator) for size in (3, 3, 3, 3, 1, 0)]
+    found = list(batches(parts, steps, torch.device("cpu")))
+    assert len(found) == len(steps)
+    for index, batch in zip(steps, found, strict=True):
+        for own, other in zip(batch, gather(parts, index), strict=True):
+            assert list(own) == ["audio", "text"]
+            for m in own:
+                torch.testing.assert_close(own[m], other[m], rtol=0, atol=0, equal_nan=True)
+
+
+def test_batches_are_gathered_ahead_by_a_thread_that_ends(tmp_path, monkeypatch):
+    """One step ahead, not the whole epoch; what goes wrong there is raised here."""
+    monkeypatch.setattr(resident, "GATHERED", 1)
+    parts, seen, ahead = {"m": read(IDS, store(tmp_path, drawn("rows")), 5)}, [], threading.Event()
+
+    def noted(parts, index):
+        seen.append((int(index), threading.current_thread()))
+        if index == 1:
+            ahead.set()
+        return gather(parts, index)
+
+    monkeypatch.setattr(resident, "gather", noted)
+    found = batches(parts, [torch.tensor([[i]]) for i in (0, 1, 2, 99)], torch.device("cpu"))
+    next(found)
+    assert ahead.wait(10)
+    assert [i for i, _ in seen] == [0, 1]
+    next(found)
+    next(found)
+    with pytest.raises(IndexError):
+        next(found)
+    left = batches(parts, [torch.tensor([[0]])] * 3, torch.device("cpu"))
+    next(left)
+    left.close()
+    threads = {thread for _, thread in seen}
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)

@@ -246,8 +246,7 @@ def train_epoch(
         ).view(own.shape)  # fmt: skip
         # weighted mean over the step's utterances on all ranks, as cross_entropy takes it
         part = each.sum(1) / weight[learnt.label[chunk]].sum(1)
-        flat.zero_grad()
-        part.sum().backward()
+        flat.backward(part)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         norm = flat.clip(cfg.grad_clip)

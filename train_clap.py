@@ -220,8 +220,7 @@ def train_epoch(
             return True, losses, norm
         shares = [script[:, rank :: here.world] for rank in range(here.world)]
         part = step_loss(model, x, mask, (shares[here.rank], torch.cat(shares, 1)), cfg)
-        flat.zero_grad()
-        part.sum().backward()
+        flat.backward(part)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         norm = flat.clip(cfg.grad_clip)

@@ -295,8 +295,7 @@ def train_epoch(
         if stop.asked(here):
             return True, losses_, outputs, norm
         logits, loss, extra = step_loss(task, x, mask, index, y, rows, cfg)
-        flat.zero_grad()  # here, so that the last step's gradients can be looked at
-        (loss + extra).sum().backward()
+        flat.backward(loss + extra)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         norm = flat.clip(cfg.grad_clip)

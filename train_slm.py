@@ -251,8 +251,7 @@ def train_epoch(
         y = label[:, share]
         logits, part = step_loss(model, x, mask, y, cfg)
         part = part / label.shape[1]
-        flat.zero_grad()
-        part.sum().backward()
+        flat.backward(part)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         if cfg.grad_clip:

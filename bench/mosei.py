@@ -105,8 +105,7 @@ class Loop:
     def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and loss of one step on these frames."""
         logits, loss, extra = train_mosei.step_loss(self.task, x, mask, y, y, rows, self.cfg)
-        self.flat.zero_grad()
-        (loss + extra).sum().backward()
+        self.flat.backward(loss + extra)
         self.flat.clip(self.cfg.grad_clip)
         self.optimizer.step()
         return logits.detach(), loss.detach()

@@ -106,8 +106,7 @@ class Loop:
     def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss and logits of one step on these features."""
         loss, logits = self.step_loss(x, mask, y)
-        self.flat.zero_grad()
-        loss.sum().backward()
+        self.flat.backward(loss)
         if self.cfg.grad_clip:
             self.flat.clip(self.cfg.grad_clip)
         self.optimizer.step()

@@ -1,7 +1,6 @@
 """Small models at full speed: the parameters of K seeds in one tensor, their gradients in another."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -22,14 +21,13 @@ class Flat:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # each seed's parameters lie together, so one parameter of all seeds does not: autograd warns, without effect
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         # what decays alike is one stretch of a row: tables and direct paths, then matrices, then biases and scales
         named.sort(key=lambda pair: KINDS.index(_kind(*pair)))
         k = len(named[0][1])
         self.values = torch.cat([p.detach().reshape(k, -1) for _, p in named], 1)
         self.grads = torch.zeros_like(self.values)
+        self.own = [p for _, p in named]
         first = 0
         ends: dict[str, int] = {}
         for name, p in named:
@@ -61,6 +59,12 @@ class Flat:
             groups.append({"params": [part], "weight_decay": decays[kind]} | own)
         return AdamW(groups, lr=lr, fused=True)
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the sum of each seed's `loss` (K,), in place of the last ones."""
+        # not loss.backward(), which adds to gradients that must be cleared first: two passes over all of them more
+        grads = torch.autograd.grad(loss.sum(), self.own, materialize_grads=True)
+        torch.cat([grad.reshape(len(self.grads), -1) for grad in grads], 1, out=self.grads)
+
     def clip(self, most: float) -> Tensor:
         """Gradient norm of each seed (K,), after which gradients are scaled down to `most` (0: left alone)."""
         norm = self.grads.norm(dim=1)
@@ -81,9 +85,6 @@ class Flat:
             yield
         finally:
             self.values.copy_(own)
-
-    def zero_grad(self) -> None:
-        self.grads.zero_()
 
 
 def set_lrs(optimizer: torch.optim.Optimizer, lrs: list[float]) -> None:

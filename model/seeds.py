@@ -21,7 +21,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(1, -2)  # (K, M, d_in)
-        # weight first: its gradient then has its own memory layout, and is added to the others a third faster
+        # weight first: its gradient then has its own memory layout, and goes to the others without a copy of its own
         return (
             torch.baddbmm(self.bias.mT, self.weight, rows.mT).mT.contiguous().view(*x.shape[:-1], self.weight.shape[1])
         )

@@ -55,7 +55,7 @@ class Config:
     dim: int = opt(768, "width of both embeddings and of what they are projected to", "--dim")
     slm_rows: int = opt(4096, "clips of an epoch of the SLM", "--slm-rows")
     slm_batch: list[int] = opt([512, 64], "clips of a step of the SLM", "--slm-batch")
-    clap_rows: int = opt(16_384, "pairs of an epoch of CLAP", "--clap-rows")
+    clap_rows: int = opt(32_768, "pairs of an epoch of CLAP", "--clap-rows")
     clap_batch: list[int] = opt([4096, 512], "pairs of a step of CLAP", "--clap-batch")
     repeats: int = opt(5, "rounds", "--repeats")
     num_workers: list[int] = opt([0, 4], "worker processes of the DataLoaders", "--num-workers")
@@ -165,8 +165,11 @@ class ClapLoop(Loop):
     def __init__(self, data: Pairs, batch: int, precision: str = "fp32") -> None:
         sources = sources_of(data)
         model = Clap(ClapConfig(proj_dim=sources["text"]["dim"]), sources, [0])
-        # the rate of every step is the same, as the other variants have it
-        cfg = train_clap.Config(batch_size=batch, precision=precision, warmup_steps=0, schedule="constant")
+        # the rate of every step is the same, as the other variants have it, and every step is clipped: the floor's one
+        # batch is soon known by heart, and its gradients would be left alone
+        cfg = train_clap.Config(
+            batch_size=batch, precision=precision, warmup_steps=0, schedule="constant", grad_clip=1e-6
+        )
         super().__init__(model, cfg, data, data.script)
 
     def train_epoch(self, order: Tensor) -> list[Tensor]:

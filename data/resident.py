@@ -1,5 +1,6 @@
 """Features of many clips in memory, back to back, gathered by index on their device: no loader, no padding."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def gather(parts: Mapping[str, Ragged], index: Tensor) -> Batch:
 def batches(parts: Mapping[str, Ragged], steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
     """What gather() finds for each of steps (K, B), on `device`.
 
-    Many small steps are gathered together, for a slice of what is there costs a tenth of a gather of its own; on a CPU
-    by a thread, while those before are used.
+    Many small steps are gathered together, for a slice of what is there costs a tenth of a gather of its own. Where the
+    host gathers and has a core to spare, a thread does so while the steps before are used.
     """
     a_clip = sum(part.rows.shape[1] * part.values[0].nbytes for part in parts.values())
     together = max(1, GATHERED // max(1, a_clip * max(step.numel() for step in steps)))
@@ -64,7 +65,9 @@ def batches(parts: Mapping[str, Ragged], steps: Sequence[Tensor], device: torch.
         return [({m: p[i] for m, p in x.items()}, {m: p[i] for m, p in mask.items()}) for i in range(len(few))]
 
     firsts = range(0, len(steps), together)
-    if any(part.values.is_cuda for part in parts.values()):  # which is not waited for
+    resident = all(part.values.device.type == device.type for part in parts.values())
+    # a GPU is not waited for, and on a CPU whose every core works on the model a thread would be in its way
+    if resident and (device.type != "cpu" or torch.get_num_threads() >= (os.cpu_count() or 1)):
         for first in firsts:
             yield from some(first)
         return

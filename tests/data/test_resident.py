@@ -138,10 +138,12 @@ def test_size_and_device():
     assert (moved.values.device.type, moved.rows.device.type) == ("meta", "meta")
 
 
+@pytest.mark.parametrize("cores", [0, 1000], ids=["busy", "spare"])
 @pytest.mark.parametrize("chunk", [1, 300, 2**20])
 @pytest.mark.parametrize("kind", ["vectors", "frames", "ids"])
-def test_batches_are_what_gather_finds_for_each_step(tmp_path, monkeypatch, kind, chunk):
+def test_batches_are_what_gather_finds_for_each_step(tmp_path, monkeypatch, kind, chunk, cores):
     monkeypatch.setattr(resident, "GATHERED", chunk)
+    monkeypatch.setattr(resident.os, "cpu_count", lambda: cores)
     parts = {m: read(IDS, store(tmp_path / m, drawn(kind, seed)), 5) for seed, m in enumerate(("audio", "text"))}
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randint(len(IDS) + 1, (2, size), generator=generator) for size in (3, 3, 3, 3, 1, 0)]
@@ -157,6 +159,7 @@ def test_batches_are_what_gather_finds_for_each_step(tmp_path, monkeypatch, kind
 def test_batches_are_gathered_ahead_by_a_thread_that_ends(tmp_path, monkeypatch):
     """One step ahead, not the whole epoch; what goes wrong there is raised here."""
     monkeypatch.setattr(resident, "GATHERED", 1)
+    monkeypatch.setattr(resident.os, "cpu_count", lambda: torch.get_num_threads() + 1)
     parts, seen, ahead = {"m": read(IDS, store(tmp_path, drawn("rows")), 5)}, [], threading.Event()
 
     def noted(parts, index):
@@ -178,5 +181,9 @@ def test_batches_are_gathered_ahead_by_a_thread_that_ends(tmp_path, monkeypatch)
     next(left)
     left.close()
     threads = {thread for _, thread in seen}
+    monkeypatch.setattr(resident.os, "cpu_count", torch.get_num_threads)  # none to spare
+    seen.clear()
+    assert len(list(batches(parts, [torch.tensor([[0]])] * 3, torch.device("cpu")))) == 3
+    assert {thread for _, thread in seen} == {threading.main_thread()}
     assert threading.main_thread() not in threads
     assert not any(thread.is_alive() for thread in threads)

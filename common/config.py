@@ -260,6 +260,19 @@ def only(cfg: Any, read: Collection[str], by: str) -> None:
             raise UserError(f"{name}: not read by {by}")
 
 
+def without(cfg: Any, unread: Collection[str], by: str) -> None:
+    """UserError if the command changed one of the fields `unread`, or of a section of that name; `by`: who reads none.
+
+    Their defaults may be said: a run's config.yaml, which a command may name, says all of them.
+    """
+    schema = _schema(type(cfg))
+    values = dict(_flat(schema, to_dict(cfg)))
+    for path, name in _given(cfg).paths.items():
+        asked = any(f"{path}.".startswith(f"{field}.") for field in unread)
+        if asked and values[path] != schema.options[path].default:
+            raise UserError(f"{name}: not read by {by}")
+
+
 def flagged(cfg: Any, path: str) -> bool:
     """Whether the command line itself, not its YAML, set the field at `path`."""
     names = _schema(type(cfg)).names

@@ -130,7 +130,8 @@ class ClipTask:
         def test() -> None:  # a missing list must not end a run after its training
             self.tested = load_test(data, say) if cfg.test else []
 
-        return [read, stores, test, lambda: check(data), self._check]
+        unread = partial(config.without, cfg, ("support", "model.towers"), "clips")
+        return [unread, read, stores, test, lambda: check(data), self._check]
 
     def _check(self) -> None:
         """UserError where validation cannot give what a checkpoint is to be chosen by."""

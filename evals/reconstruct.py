@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
-from common import dist
+from common import config, dist
 from common.config import UserError
 from common.log import Logger
 from common.shard import place
@@ -15,7 +16,7 @@ from data.prompts import Encode, Sample
 from data.reconstruct import History, Reconstructions, histories
 from data.turns import is_turns, load_turns
 from evals import sizes
-from evals.turns import STAND_IN, check_data, layout
+from evals.turns import STAND_IN, UNREAD, check_data, layout
 from model.mllm import Mllm, pack
 from model.tokenizer import Tokenizer
 
@@ -44,7 +45,8 @@ class ReconstructTask:
             turns = load_turns(cfg.data, cfg.seed, cfg.evaluate, cfg.test, say)
             self.found = {split: histories(turns[split], self.kind) for split in turns}
 
-        return [self._check, lambda: check_data(cfg.data, ()), read]
+        unread = partial(config.without, cfg, UNREAD, "turns of dialogues")
+        return [self._check, unread, lambda: check_data(cfg.data, ()), read]
 
     def _check(self) -> None:
         """UserError where something else than the compressor would train, or there is none."""

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,6 +53,18 @@ STAND_IN = Turn(
         Utterance("client", "neutral", "I was at work on Monday, as always."),
         Utterance("therapist", "neutral", "What happened there?"),
     ],
+)  # fmt: skip
+# what the streams, lists and questions of Emotion-LLaMA's clips alone are for
+UNREAD = (
+    *(f"data.{name}" for name in (
+        "annotation_file", "manifest", "fold", "features_root", "task_pool", "labels", "question", "prompt_layout",
+        "chat_template", "frame", "streams", "curriculum", "curriculum_epochs", "curriculum_share", "replay",
+        "replay_ratio", "replay_tasks", "speaker_norm", "speaker_swap",
+    )),
+    *(f"model.{name}" for name in (
+        "feature_tokens", "visual_encoder", "visual_weights", "visual_options", "visual_width",
+        "image_size", "merge",
+    )),
 )  # fmt: skip
 MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice
 
@@ -107,7 +120,8 @@ class TurnTask:
             folder = clip_folder(cfg.data.data_root, cfg.data.image_path) if towers else Path()
             self.streams = open_streams(cfg.model, cfg.support, folder, device)
 
-        return [read, streams, lambda: check_data(cfg.data)]
+        unread = partial(config.without, cfg, UNREAD, "turns of dialogues")
+        return [unread, read, streams, lambda: check_data(cfg.data)]
 
     @property
     def labels(self) -> dict[str, list[str]]:
@@ -262,12 +276,8 @@ def layout(tokenizer: Tokenizer) -> Chat:
 
 
 def check_data(data: DataConfig, known: Collection[str] = AUGMENTATIONS) -> None:
-    """UserError for settings that turns have no use for; `known` are the augmentations that they have one for."""
-    given = {
-        "curriculum": data.curriculum != "none", "replay": data.replay is not None,
-        "enable-augmentation": data.enable_augmentation and not known, "speaker-norm": data.speaker_norm,
-        "speaker-swap": data.speaker_swap > 0,
-    }  # fmt: skip
+    """UserError for augmentations that turns have no use for; `known` are those that they have one for."""
+    given = {"enable-augmentation": data.enable_augmentation and not known}
     given |= {f"augmentations {name}": True for name in data.augmentations if name not in known}
     if unread := [name for name, on in given.items() if on]:
         raise UserError(f"--data.{unread[0]}: not for turns of dialogues ({data.data_root})")

@@ -1022,6 +1022,8 @@ def test_a_best_of_another_metric_is_forgotten(merr, tmp_path, capsys):
          "(--warmup-steps 0 leaves it to the ratio)"),
         (["--data.replay", "old.txt"], "annotation_file 'old.txt' not found (looked for {root}/old.txt and old.txt)"),
         (["--tokens-per-batch", "-1"], "--tokens-per-batch: -1 is negative"),
+        (["--num-k-vid", 3], "--num-k-vid: not read by clips"),
+        (["--mamba-compressor", "mamba"], "--mamba-compressor: not read by clips"),
         (["--data.augmentations", "blur=0.5"],
          "--data.augmentations: 'blur' is not one of question, frame, noise, dropout, streams, words"),
     ],

@@ -161,7 +161,7 @@ def test_it_answers_nothing(stage1, toy, capsys):
         (["--mamba-compressor", "none"], "needs --mamba-compressor"),
         (["--lora-targets", "q_proj"], "trains the compressor alone, so not with --lora-targets"),
         (["--full", "--vision-tower", "framestats"], "trains the compressor alone, so not with --full, --vision-tower"),
-        (["--data.curriculum", "both"], "--data.curriculum: not for turns of dialogues"),
+        (["--data.curriculum", "both"], "--data.curriculum: not read by turns of dialogues"),
         (["--data.enable-augmentation"], "--data.enable-augmentation: not for turns of dialogues"),
         (["--metric", "accuracy"], "--metric accuracy: not a score of these data (loss, token_accuracy)"),
         (["--fast"], "--fast: not with --reconstruct"),

@@ -238,9 +238,8 @@ def test_mistakes_are_one_line(small, root, tmp_path, capsys):
         "--metric uar: not a score of these data (accuracy, weighted_f1, macro_f1, client_emotion, therapist_emotion, "
         "strategy, loss)"
     )
-    assert fails("--data.curriculum", "length") == (
-        f"--data.curriculum: not for turns of dialogues ({root / 'train.jsonl'})"
-    )
+    for option, value in (("--data.curriculum", "length"), ("--annotation-file", "x.txt"), ("--visual-encoder", "mae")):
+        assert fails(option, value) == f"{option}: not read by turns of dialogues"
     augment = ["--data.enable-augmentation", "--data.augmentations"]
     assert fails(*augment, "noise=0.5,frame=0.5") == (
         f"--data.augmentations frame: not for turns of dialogues ({root / 'train.jsonl'})"

@@ -333,6 +333,22 @@ def test_what_a_command_said_itself(tmp_path: Path) -> None:
     assert not config.flagged(cfg, "epochs")
 
 
+def test_what_is_not_read_is_refused(tmp_path: Path) -> None:
+    """By its own name, whether flag or YAML; what a preset sets is nobody's choice, a default asks for nothing."""
+    file = tmp_path / "x.yaml"
+    file.write_text("model:\n  lora_r: 8\n")
+    cfg = config.preset(config.load(Config, ["--cfg", str(file), "--lr", "1"]), {"epochs": 3, "model.image_size": 14})
+    config.only(cfg, ["model", "optim"], "clips")
+    with pytest.raises(UserError, match=r"^--lr: not read by clips$"):
+        config.only(cfg, ["model"], "clips")
+    config.without(cfg, ["epochs", "model.image_size", "optim.l", "optim.min_lr"], "clips")
+    with pytest.raises(UserError, match=r"^--lr: not read by clips$"):
+        config.without(cfg, ["optim.lr"], "clips")
+    with pytest.raises(UserError, match=r"lora_r: not read by clips$"):
+        config.without(cfg, ["model"], "clips")
+    config.without(config.load(Config, ["--lr", "1e-5"]), ["optim"], "clips")
+
+
 def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load("--epochs", "two", "--help")

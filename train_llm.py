@@ -349,6 +349,8 @@ def check_shard(cfg: Config, device: torch.device) -> None:
         raise UserError("--shard: all processes must choose the same tokens, so --temperature must be 0")
     if cfg.shard and cfg.decode.cuda_graphs:
         raise UserError("--shard: layers are gathered at every step, so --cuda-graphs cannot replay it")
+    if cfg.shard and cfg.decode.compile_steps:
+        raise UserError("--shard: layers are gathered at every step, so --compile-steps cannot compile it")
 
 
 def plan(cfg: Config, parts: Sequence[Samples], per_step: int, say: Callable[[str], None]) -> tuple[Order, int]:

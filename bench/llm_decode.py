@@ -5,7 +5,8 @@ one value of every number, and the tables have the medians over rounds, and rati
 
 ours                  model.generate.generate, on a GPU with CUDA graphs; in the last table score_labels, as eval.py
                       --decode score calls it
-transformers          generate with sdpa and a cache, prompts of a batch padded on the left
+ours, compiled        the same with --compile-steps, whose first generation does not count
+transformers          generate with sdpa and a cache, not compiled, prompts of a batch padded on the left
 of the bandwidth      bytes of the weights that a step reads, and of the keys and values at its middle, over what the
                       machine copies in the same time (a batch of 1 cannot be faster)
 scoring               9 labels of one to four tokens after each prompt, against generating the answer: 8 tokens in
@@ -50,7 +51,7 @@ from bench.report import header, memory, publish, spread
 from common import dist
 from common.config import UserError, opt, run
 
-PEER = "transformers"
+PEER, COMPILED = "transformers", "ours, compiled"
 LABELS, LONGEST = 9, 4  # of the scored answers: how many, and tokens of one at most
 BATCH = 8  # prompts that are scored together
 GENERATED = {"generate 8, batch 8": (BATCH, 8), "generate 20, batch 1": (1, 20)}  # prompts at a time, new tokens
@@ -78,7 +79,8 @@ SCORED = {"tiny": 9, "small": 64, "7b": 64}  # prompts
 @dataclass
 class Config:
     size: str = opt("small", "of the model; 7b is Llama-2's, in bf16, and needs a GPU", "--size", choices=tuple(SIZES))
-    tiny: bool = opt(False, "a smoke run of seconds: --size tiny, one round", "--tiny")
+    tiny: bool = opt(False, "a smoke run of seconds: --size tiny, one round, nothing compiled", "--tiny")
+    compiled: bool = opt(True, "decode by compiled steps too", "--compiled")
     scoring: bool = opt(True, "score labels too", "--scoring")
     rounds: int = opt(4, "turns of each variant", "--rounds")
     checked: int = opt(4, "prompts whose probabilities are compared", "--checked")
@@ -167,6 +169,8 @@ class Decoder:
 
 
 class Ours(Decoder):
+    compiled = False
+
     def build(self) -> Any:
         from model.llm import Llama, LlamaConfig
         from model.lora import add_lora, merge_lora
@@ -185,13 +189,17 @@ class Ours(Decoder):
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         from model.generate import generate
 
-        return generate(self.llm, prompts, new, eos_id=[], graphs=self.device.type == "cuda")
+        return generate(self.llm, prompts, new, eos_id=[], graphs=self.device.type == "cuda", compiled=self.compiled)
 
     def score(self, prompts: list[list[int]], labels: list[list[int]]) -> np.ndarray:
         from model.generate import score_labels
 
         batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
         return torch.cat([score_labels(self.llm, batch, labels) for batch in batches]).softmax(1).cpu().numpy()
+
+
+class Compiled(Ours):
+    compiled = True
 
 
 class Peer(Decoder):
@@ -254,19 +262,27 @@ def decoding(variants: dict[str, Any], job: Job, rounds: int) -> list[str]:
         for i in range(rounds):
             for variant in list(variants)[:: -1 if i % 2 else 1]:
                 turns[variant].append(variants[variant]("case", name, prompts))
-        same = same_tokens(turns["ours"][0].answer, turns[PEER][0].answer, exact=job.size != "7b")
+        ours = [variant for variant in variants if variant != PEER]
+        same = min(
+            same_tokens(turns[variant][0].answer, turns[PEER][0].answer, exact=job.size != "7b") for variant in ours
+        )
         count = case.batch * case.new
         columns = {
             variant: [[t.seconds for t in each], [count / t.seconds for t in each], [t.share for t in each],
                       [t.memory for t in each]]
             for variant, each in turns.items()
         }  # fmt: skip
-        ratios = [[ratio(a, b) for a, b in zip(*both, strict=True)] for both in zip(*columns.values(), strict=True)]
+        ratios = {
+            variant: [[ratio(a, b) for a, b in zip(*both, strict=True)]
+                      for both in zip(columns[variant], columns[PEER], strict=True)]
+            for variant in ours
+        }  # fmt: skip
         lines += [
             f"| {name}: {case.batch} of {case.lengths[0]} to {case.lengths[1]}, {case.new} new | "
             f"{' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|",
             *(f"| {variant} | {' | '.join(map(spread, each))} |" for variant, each in columns.items()),
-            f"| ours / theirs | {' | '.join(map(spread, ratios))} |", "", f"the same tokens: {same:.1%}", "",
+            *(f"| {variant} / theirs | {' | '.join(map(spread, each))} |" for variant, each in ratios.items()), "",
+            f"the same tokens: {same:.1%}", "",
         ]  # fmt: skip
     return lines
 
@@ -314,7 +330,7 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
     if cfg.tiny:
-        cfg.size, cfg.rounds = "tiny", 1
+        cfg.size, cfg.rounds, cfg.compiled = "tiny", 1, False
     if cfg.size == "7b" and device.type != "cuda":
         raise UserError("--size 7b: needs a GPU")
     what = f"{cfg.size}, {cfg.rounds} rounds; median (least to most)"
@@ -323,7 +339,8 @@ def main(cfg: Config) -> None:
         if cfg.size != "7b":
             make_weights(Path(folder), cfg.size, cfg.seed)
         job = Job(cfg.size, folder, device, cfg.threads, cfg.seed)
-        variants = {"ours": Apart(Ours, job), PEER: Apart(Peer, job)}
+        kinds = {"ours": Ours} | ({COMPILED: Compiled} if cfg.compiled else {}) | {PEER: Peer}
+        variants = {name: Apart(kind, job) for name, kind in kinds.items()}
         try:
             lines += decoding(variants, job, cfg.rounds)
             if cfg.scoring:

@@ -1,6 +1,8 @@
 """Emotion recognition with the multimodal language model: score the labels, or read one from generated text."""
 
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,12 +79,17 @@ class DecodeConfig:
     top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", "--top-p")
     repetition_penalty: float = opt(1.0, "above 1 discourages repeated tokens")
     cuda_graphs: bool = opt(False, "generate by replaying CUDA graphs, on a GPU", "--cuda-graphs")
+    compile_steps: bool = opt(
+        False, "generate by compiled steps: half a minute or more before the first; a CPU needs a C++ compiler",
+        "--compile-steps",
+    )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """What model.generate.generate() is told of them."""
         return {
             "temperature": self.temperature, "top_p": self.top_p, "num_beams": self.num_beams,
             "repetition_penalty": self.repetition_penalty, "graphs": self.cuda_graphs,
+            "compiled": self.compile_steps,
         }  # fmt: skip
 
 
@@ -145,13 +152,16 @@ def balanced(probabilities: Tensor, labels: Sequence[str], counts: Mapping[str, 
 
 
 def check(cfg: DecodeConfig, counted: bool) -> None:
-    """UserError where answers cannot be balanced as asked; `counted`: it is known how often labels were trained."""
+    """UserError where answers cannot be had as asked; `counted`: it is known how often labels were trained."""
     if not 0 <= cfg.balance < math.inf:
         raise UserError(f"--balance: {cfg.balance:g} is no power of 0 or more")
     if cfg.balance and cfg.decode != "score":
         raise UserError("--balance: generated answers have no probabilities of labels (--decode score)")
     if cfg.balance and not counted:
         raise UserError("--balance: the checkpoint does not tell how often each label was trained")
+    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    if cfg.compile_steps and not (torch.cuda.is_available() or shutil.which(cxx)):
+        raise UserError(f"--compile-steps: needs a C++ compiler, and there is no {cxx}")
 
 
 def _score(probabilities: Tensor, labels: Sequence[str]) -> list[dict]:

@@ -79,14 +79,15 @@ class Cache:
 
 
 class Fixed:
-    """The step of a batch as a program on tensors that stay where they are, which a CUDA graph can replay.
+    """The step of a batch as a program on tensors that stay where they are.
 
-    Attention reads a multiple of BLOCK slots, of which those that hold nothing yet are masked. Where the next token
-    takes a slot beyond them, or rows have left the cache, the program is made anew.
+    It can be compiled, and a CUDA graph can replay it. Attention reads a multiple of BLOCK slots, of which those that
+    hold nothing yet are masked. Where the next token takes a slot beyond them, or rows have left the cache, the program
+    is made anew; what was compiled serves any number of slots.
     """
 
-    def __init__(self, llm: Llama, cache: Cache):
-        self.llm, self.cache, self.slots = llm, cache, 0
+    def __init__(self, llm: Llama, cache: Cache, graphs: bool, compiled: bool):
+        self.llm, self.cache, self.slots, self.graphs, self.compiled = llm, cache, 0, graphs, compiled
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions (B,) -> logits (B, V), which the next call overwrites."""
@@ -94,7 +95,8 @@ class Fixed:
             self.slots = min((self.cache.end // BLOCK + 1) * BLOCK, self.cache.slots)
             self.tokens, self.positions, self.end = tokens.clone(), positions.clone(), tokens.new_tensor([0])
             self.end.fill_(self.cache.end)
-            self.program = captured(self.step, tokens.device)
+            step = compiled(self.step, tokens.device) if self.compiled else self.step
+            self.program = captured(step, tokens.device) if self.graphs else step
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.end.fill_(self.cache.end)
@@ -113,6 +115,11 @@ class Fixed:
 
         h = self.llm.hidden(self.llm.embed(self.tokens)[:, None], attend, self.positions[:, None])
         return self.llm.head(h[:, 0])
+
+
+def compiled(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """The step by torch.compile; on a CPU, where Python's time counts, what calls the kernels is compiled too."""
+    return torch.compile(step, dynamic=True, options={"cpp_wrapper": True} if device.type == "cpu" else None)
 
 
 def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -139,7 +146,10 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
 class State:
     """A batch in the middle of decoding: its cache, its next positions, and the tokens a repetition penalty counts."""
 
-    def __init__(self, llm: Llama, prompts: Prompts, new: int, repetition_penalty: float = 1.0, graphs: bool = False):
+    def __init__(
+        self, llm: Llama, prompts: Prompts, new: int, repetition_penalty: float = 1.0, graphs: bool = False,
+        compiled: bool = False,
+    ):  # fmt: skip
         self.llm, self.penalty = llm, repetition_penalty
         x, ids, lengths = _embed(llm, prompts)
         self.cache = Cache(lengths, new, x, beginning(x.split(lengths)))
@@ -150,7 +160,7 @@ class State:
         self.seen = torch.zeros_like(self.logits, dtype=torch.bool) if repetition_penalty != 1 else None
         if self.seen is not None and ids is not None:
             self.seen[self.cache.place[0], ids] = True
-        self.fixed = Fixed(llm, self.cache) if graphs else None
+        self.fixed = Fixed(llm, self.cache, graphs, compiled) if graphs or compiled else None
 
     def penalized(self, scores: Tensor) -> Tensor:
         """Scores (B, V) with every token seen before made less likely (CTRL, Keskar et al. 2019)."""
@@ -177,7 +187,8 @@ class State:
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
         self.cache.select(rows)
-        self.fixed = None if self.fixed is None else Fixed(self.llm, self.cache)
+        if self.fixed is not None:
+            self.fixed = Fixed(self.llm, self.cache, self.fixed.graphs, self.fixed.compiled)
         self.positions, self.logits = self.positions[rows], self.logits[rows]
         self.seen = None if self.seen is None else self.seen[rows]
 
@@ -237,19 +248,21 @@ def generate(
     generator: torch.Generator | None = None,
     follow: Follow | None = None,
     graphs: bool = False,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """New tokens of each prompt, up to the end token, which is left out.
 
     Prompts are ids (B, T), lists of ids or embeddings (T_i, D), of any lengths. Temperature 0 is greedy, or beam search
     over `num_beams`; above it tokens are drawn from the `top_p` nucleus with `generator`, which lives on llm's device.
-    `follow` sees each token as it comes, where there are no beams. With `graphs` a GPU replays each step (Fixed).
+    `follow` sees each token as it comes, where there are no beams. Each step (Fixed) may be
+    `compiled`, which takes half a minute before the first, and with `graphs` a GPU replays it.
     """
     _check(temperature, top_p, num_beams, repetition_penalty)
     if len(prompts) == 0 or max_new_tokens <= 0:
         return [[] for _ in prompts]
     ends = llm.config.eos_token_id if eos_id is None else eos_id
     eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    state = State(llm, prompts, max_new_tokens, repetition_penalty, graphs)
+    state = State(llm, prompts, max_new_tokens, repetition_penalty, graphs, compiled)
     if num_beams > 1:
         return _beam_search(state, max_new_tokens, num_beams, length_penalty, eos)
     return _sample(state, len(prompts), max_new_tokens, temperature, top_p, eos, generator, follow)
@@ -267,6 +280,7 @@ def generate_together(
     generator: torch.Generator | None = None,
     follow: Follow | None = None,
     graphs: bool = False,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """generate() by several models, each with its own embeddings of the same prompts; there are no beams."""
     _check(temperature, top_p, num_beams, repetition_penalty)
@@ -276,7 +290,9 @@ def generate_together(
     if rows == 0 or max_new_tokens <= 0:
         return [[] for _ in range(rows)]
     eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    states = Together([State(llm, prompts, max_new_tokens, repetition_penalty, graphs) for llm, prompts in models])
+    states = Together(
+        [State(llm, prompts, max_new_tokens, repetition_penalty, graphs, compiled) for llm, prompts in models]
+    )
     return _sample(states, rows, max_new_tokens, temperature, top_p, eos, generator, follow)
 
 

@@ -154,7 +154,9 @@ class RMSNorm(nn.Module):
 
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and signed sin, fp32 (B, T, 1, Dh), of rotary positions (RoFormer), halves split as Hugging Face does."""
-    angles = positions[..., None, None] / signed_wavelengths(head_dim, theta, positions.device)
+    # a compiler keeps no cache of its own tensors, and warns of one that it passes by
+    table = signed_wavelengths.__wrapped__ if torch.compiler.is_compiling() else signed_wavelengths
+    angles = positions[..., None, None] / table(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
 
 

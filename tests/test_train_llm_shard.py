@@ -357,6 +357,8 @@ def test_two_nodes_of_one_process_train_what_one_process_trains(base, runs, tmp_
         (["--shard", "--fp16"], "--shard: not in fp16, use --precision bf16"),
         (["--shard", "grads", "--cuda-graphs"],
          "--shard: layers are gathered at every step, so --cuda-graphs cannot replay it"),
+        (["--shard", "--compile-steps"],
+         "--shard: layers are gathered at every step, so --compile-steps cannot compile it"),
         (["--shard", "grads", "--temperature", "0.5"],
          "--shard: all processes must choose the same tokens, so --temperature must be 0"),
         (["--shard", "half"], "--shard: 'half' is not one of grads, full"),

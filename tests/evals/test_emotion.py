@@ -1,6 +1,7 @@
 """Scores of the multimodal model: the same from one process and two, the labels chosen by their likelihood."""
 
 import itertools
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -181,3 +182,13 @@ def test_an_answer_is_seen_growing(world):
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert max(map(len, grown.values())) > 1
     assert len(emotion.answer(model, tokenizer, samples, LABELS, cfg, follow=lambda id, text: False)) == 20
+
+
+def test_compiled_steps_need_a_compiler(monkeypatch):
+    asked = DecodeConfig(decode="generate", compile_steps=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"^--compile-steps: needs a C.. compiler, and there is no no-such-compiler$"):
+        emotion.check(asked, True)
+    monkeypatch.setenv("CXX", sys.executable)  # any program
+    emotion.check(asked, True)

@@ -1,5 +1,6 @@
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,29 @@ def test_models_together_by_steps_of_fixed_shape(replayed):
     plain, fixed = (generate_together(models, 12, graphs=graphs) for graphs in (False, True))
     assert fixed == plain
     assert len(replayed) == 2 * 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}])
+def test_compiled_steps_give_the_same_tokens(monkeypatch, settings):
+    """Rows that leave at different times included; one program serves all numbers of slots."""
+    made = []
+
+    def traced(graph, inputs, **settings):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traced))
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    torch._dynamo.reset()
+    llm = small()
+    ends = [answer[n] for answer, n in zip(generate(llm, PROMPTS, 20, eos_id=[]), (2, 5, 9, 19), strict=True)]
+    plain, compiled = (
+        generate(llm, PROMPTS, 20, eos_id=ends, compiled=compiled, **settings) for compiled in (False, True)
+    )
+    assert compiled == plain
+    assert any(plain)
+    assert 0 < len(made) <= 3  # the first shape, any shape, a single row
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

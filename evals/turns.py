@@ -62,8 +62,7 @@ UNREAD = (
         "replay_ratio", "replay_tasks", "speaker_norm", "speaker_swap",
     )),
     *(f"model.{name}" for name in (
-        "feature_tokens", "visual_encoder", "visual_weights", "visual_options", "visual_width",
-        "image_size", "merge",
+        "feature_tokens", "visual_encoder", "visual_weights", "visual_options", "visual_width", "image_size", "merge",
     )),
 )  # fmt: skip
 MEANS = ("accuracy", "weighted_f1", "macro_f1")  # over the fields of closed choice

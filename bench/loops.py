@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from bench.report import spread
 
 BELOW = "ours is not above the floor's"
-WARM = 20  # steps of each variant before the first round
+WARM = 20  # most steps of each variant before the first round, and no more than a quarter of its epoch
 COLUMNS = (
     "ms a step", "overhead, share of the epoch", "loop, ms a step", "loop, share of the epoch", "epoch, times ours",
     "overhead, times ours", "loop, times ours",
@@ -64,7 +64,7 @@ def alternate(variants: dict[str, Variant], repeats: int) -> Times:
     """What the clock says of each variant's epoch in each round; the order turns round every time."""
     times: Times = {name: [] for name in variants}
     for _, epoch, steps in variants.values():
-        epoch(min(WARM, steps))
+        epoch(max(1, min(WARM, steps // 4)))
     for round in range(repeats):
         for name in list(variants)[:: 1 if round % 2 else -1]:
             clock, epoch, steps = variants[name]

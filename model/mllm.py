@@ -388,7 +388,9 @@ class HeadLoss(torch.autograd.Function):
             loss += (top - p.amax(1, keepdim=True).log() - own).sum()
             if gradients:
                 p.scatter_add_(1, y, torch.full_like(own, -1.0))
-                found = torch.autograd.grad(logits, (h, *weights), p)
+                with torch.enable_grad():
+                    scalar = Given.apply(logits, p)
+                found = torch.autograd.grad(scalar, (h, *weights))
                 gradients[0][i : i + CHUNK] = found[0]
                 for gradient, new in zip(gradients[1:], found[1:], strict=True):
                     gradient += new
@@ -399,6 +401,22 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor):  # pyright: ignore
         hidden, *weights = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
         return None, hidden, None, *weights
+
+
+class Given(torch.autograd.Function):
+    """A scalar whose gradient in y is the one given.
+
+    torch.autograd.grad(y, x, given) is the same, but imports sympy at its first call, half a second of a run's start.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, gradient: Tensor):  # pyright: ignore
+        ctx.save_for_backward(gradient)
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor):  # pyright: ignore
+        return ctx.saved_tensors[0], None
 
 
 def checkpoint_files(mllm: Mllm, tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -98,8 +98,10 @@ class Packed:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
             return self._varlen(q, k, v)
-        documents = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([Causal()(layer, *document) for document in documents], dim=2)
+        # cut and joined along the outermost dimension in memory, so that neither takes its rows apart
+        documents = zip(*(x.transpose(1, 2).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
+        ys = [Causal()(layer, *(x.transpose(1, 2) for x in document)) for document in documents]
+        return torch.cat([y.transpose(1, 2) for y in ys], dim=1).transpose(1, 2)
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -144,12 +146,39 @@ class RMSNorm(nn.Module):
         self.epsilon = torch.tensor(eps, device="cpu")  # eps for a kernel that takes tensors
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
+        training = torch.is_grad_enabled()
+        if x.dtype != torch.float32 or x.device.type != "cpu" or (training and torch.compiler.is_compiling()):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        # a CPU has no kernel for it: for a row these five take .76 of the time of those that rms_norm() calls
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self.epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(self.weight)
+        # a CPU has no kernel for it
+        return Normed.apply(x, self.weight, self.epsilon) if training else normed(x, self.weight, self.epsilon)[0]
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x (..., D), and what its rows were multiplied by (..., 1).
+
+    For a row these five operations take .76 of the time of those that rms_norm() calls on a CPU.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
+class Normed(torch.autograd.Function):
+    """normed() with its gradients, forward and backward in half the time of what autograd makes of rms_norm()."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:  # pyright: ignore
+        y, scale = normed(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore
+        x, weight, scale = ctx.saved_tensors
+        of_weight = (grad * x).mul_(scale).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        share = torch.linalg.vecdot(grad, x)[..., None] * scale**3 / -x.shape[-1]
+        return grad.mul_(scale).addcmul_(x, share), of_weight, None
 
 
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

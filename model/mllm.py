@@ -382,12 +382,10 @@ class HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(bool(gradients)):
                 logits = head(h.requires_grad_(bool(gradients)))
             p = logits.detach()
-            own, top = p.gather(1, y), p.amax(1, keepdim=True)
-            torch.softmax(p, 1, out=p)
-            # the likeliest token's probability is at least 1 / V, the label's may be too small for a float
-            loss += (top - p.amax(1, keepdim=True).log() - own).sum()
+            torch.log_softmax(p, 1, out=p)
+            loss -= p.gather(1, y).sum()
             if gradients:
-                p.scatter_add_(1, y, torch.full_like(own, -1.0))
+                p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0))
                 with torch.enable_grad():
                     scalar = Given.apply(logits, p)
                 found = torch.autograd.grad(scalar, (h, *weights))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.config import UserError
-from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Packed, SwiGLU, signed_wavelengths
+from model.llm import MANY, Causal, Linear, Llama, LlamaConfig, Normed, Packed, RMSNorm, SwiGLU, signed_wavelengths
 
 SMALL = {
     "vocab_size": 97,
@@ -197,6 +197,19 @@ def test_swiglu_has_the_gradients_of_its_formula_and_keeps_its_inputs_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
         SwiGLU.apply(gate, up)
     assert kept == [gate.data_ptr(), up.data_ptr()]
+
+
+def test_rms_norm_has_the_gradients_of_its_formula_and_keeps_no_product():
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (7,)))
+    epsilon = torch.tensor(0.1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(Normed.apply, (x, weight, epsilon))
+    assert torch.autograd.gradcheck(Normed.apply, (x, weight.detach(), epsilon))
+    wanted = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+    torch.testing.assert_close(Normed.apply(x, weight, epsilon), wanted)
+    module, x, kept = RMSNorm(7, 0.1), torch.randn(2, 3, 7), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        module(x)
+    assert kept == [(2, 3, 7), (7,), (2, 3, 1)]
 
 
 def test_logits_are_float32_whatever_the_weights_are():

@@ -30,11 +30,25 @@ def test_every_table_is_measured(tmp_path, monkeypatch, capsys):
     cases = ["alone: 1 of 12 to 12, 6 new", "ragged: 4 of 4 to 12, 6 new"]
     assert list(found) == [*cases, "9 labels, 9 prompts", "--size 7b, needs a GPU"]
     for case in cases:
-        assert [row[0].strip() for row in found[case]] == ["ours", "transformers", "ours / theirs"]
+        assert [row[0].strip() for row in found[case]] == ["ours", "transformers", "ours / transformers"]
         assert all(float(cell.split()[0]) > 0 for row in found[case] for cell in row[1:-1])
     assert len(found["9 labels, 9 prompts"]) == 1 + len(bench.GENERATED)
     assert text.count("the same tokens: 100.0%") == 2
     assert "probabilities of 4 prompts within " in text
+
+
+def test_each_is_beside_its_like():
+    seconds = {"ours": 2.0, bench.PEER: 8.0, bench.COMPILED: 1.0, bench.COMPILED_PEER: 4.0}
+    variants = {
+        name: lambda method, case, prompts, s=s: bench.Turn(s, 1.0, 1.0, [[5]] * len(prompts))
+        for name, s in seconds.items()
+    }
+    job = bench.Job("tiny", "", torch.device("cpu"), 1, 0)
+    rows = [line.split("|")[1:3] for line in bench.decoding(variants, job, 3) if " / " in line]
+    assert [(pair.strip(), float(value.split()[0])) for pair, value in rows] == 2 * [
+        ("ours / transformers", 0.25), ("ours, compiled / transformers", 0.125),
+        ("transformers, compiled / transformers", 0.5), ("ours, compiled / transformers, compiled", 0.25),
+    ]  # fmt: skip
 
 
 def test_adapters_are_merged_alike(tmp_path):

@@ -122,6 +122,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     learnt = next(iter(known(model, train).values()))[0] if model.frozen else train
 
     # ---- one row of flat.values is one seed's head, or model
+    dist.keep_memory(here.device)
     flat = Flat(model)
     share = cfg.table_lr / cfg.lr if cfg.table_lr and cfg.lr else 1.0
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay, cfg.table_decay, cfg.table_eps, share)

@@ -119,6 +119,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     total = cfg.epochs * iters
 
     # ---- one row of flat.values is one seed's projectors
+    dist.keep_memory(here.device)
     flat = Flat(model)
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
     keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)

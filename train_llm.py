@@ -129,8 +129,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         torch.set_num_threads(1)  # its matrices are too small for more to pay
         dist.connect(here, bool(cfg.shard))
         cfg = dist.main_first(here, partial(task_of(cfg).prepare_fast, cfg))
-    if here.device.type == "cpu":
-        dist.keep_memory()
+    dist.keep_memory(here.device)
     if cfg.dry_run:
         return task_of(cfg)(cfg).dry_run(say)
     cfg, start = resume_or_start(cfg, "llm", say)

@@ -122,6 +122,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     model, valid = task.model, task.splits["valid"]
 
     # ---- one row of flat.values is one seed's model
+    dist.keep_memory(here.device)
     flat = Flat(model)
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay)
     keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)

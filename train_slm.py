@@ -129,6 +129,7 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     model.to(here.device)
 
     # ---- one row of flat.values is one seed's model
+    dist.keep_memory(here.device)
     flat = Flat(model)
     optimizer = flat.adamw(cfg.lr, cfg.weight_decay, cfg.direct_decay)
     keeper = Keeper(out, model, flat, optimizer, here, [cfg.lr] * len(seeds), cfg.keep)

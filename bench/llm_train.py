@@ -248,9 +248,7 @@ class Ours(Trainer):
         from model.llm import Llama, LlamaConfig
         from model.mllm import Mllm, MllmConfig
 
-        if self.device.type == "cpu":
-            dist.keep_memory()  # as train_llm.py does
-
+        dist.keep_memory(self.device)  # as train_llm.py does
         if self.half:
             with torch.device("meta"):
                 llm = Llama(LlamaConfig.from_json(hf_config(self.shape))).bfloat16()

@@ -287,6 +287,7 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
     what = f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)"
+    dist.keep_memory(device)  # as the script does
     lines = header("bench/mosei.py", device, cfg.threads, what)
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
         lines += training(cfg, device, precision)

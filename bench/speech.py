@@ -239,6 +239,7 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
     what = f"width {cfg.dim}, {cfg.repeats} rounds; median (least to most)"
+    dist.keep_memory(device)  # as the scripts do
     lines = header("bench/speech.py", device, cfg.threads, what)
     sizes = ((SlmLoop, cfg.slm_rows, cfg.slm_batch), (ClapLoop, cfg.clap_rows, cfg.clap_batch))
     for kind, count, batches in sizes:

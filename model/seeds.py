@@ -5,10 +5,14 @@ One batched product trains K seeds at once, each as if it were alone.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from common.flat import places
 
 
 class Linear(nn.Module):
@@ -20,10 +24,33 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(k, 1, d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1, -2)  # (K, M, d_in)
-        # weight first: its gradient then has its own memory layout, and goes to the others without a copy of its own
+        product = Product.apply if torch.is_grad_enabled() and x.device.type == "cpu" else linear
+        return product(self.weight, self.bias, x.flatten(1, -2)).view(*x.shape[:-1], self.weight.shape[1])
+
+
+def linear(weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+    """rows (K, M, d_in) -> (K, M, d_out)."""
+    # weight first: its gradient then has its own memory layout, and goes to the others without a copy of its own
+    return torch.baddbmm(bias.mT, weight, rows.mT).mT.contiguous()
+
+
+class Product(torch.autograd.Function):
+    """linear() whose weight's gradient is written where Flat wants it: .75 of the time of one of few rows on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, rows)
+        return linear(weight, bias, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rows = ctx.saved_tensors
+        of_weight, of_bias, of_rows = ctx.needs_input_grad
         return (
-            torch.baddbmm(self.bias.mT, self.weight, rows.mT).mT.contiguous().view(*x.shape[:-1], self.weight.shape[1])
+            torch.bmm(grad.mT, rows, out=places.pop(id(weight), None)) if of_weight else None,
+            grad.sum(1, keepdim=True) if of_bias else None,
+            torch.bmm(grad, weight) if of_rows else None,
         )
 
 
@@ -81,6 +108,8 @@ def heads(width: int) -> int:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (K, B, T, d) over the frames of mask (K, B, T), 0 where there are none -> (K, B, d)."""
+    if x.shape[2] == 1:
+        return torch.where(mask, x[:, :, 0], 0.0)
     weight = mask.to(x.dtype)[..., None]
     return (x * weight).sum(2) / weight.sum(2).clamp_min(1)
 

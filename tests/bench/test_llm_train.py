@@ -46,7 +46,7 @@ def tables(text):
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(bench, "Apart", Here)
-    monkeypatch.setattr(bench.dist, "keep_memory", lambda: None)
+    monkeypatch.setattr(bench.dist, "keep_memory", lambda device: None)
     monkeypatch.setattr(bench, "matmul_rate", lambda device, half: 1e12)  # seconds, for every turn
     # this process may keep what other tests freed
     monkeypatch.setattr(bench, "memory", {"VmRSS": 100.0, "VmHWM": 150.0}.__getitem__)

@@ -76,7 +76,7 @@ def freed():
     found = []
     for keep in (False, True):
         if keep:
-            dist.keep_memory()
+            dist.keep_memory(torch.device("cpu"))
         before = memory("VmRSS")
         torch.ones(2**24)  # 64 MiB
         found.append(memory("VmRSS") - before)

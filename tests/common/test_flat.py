@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.flat import Flat, set_lrs
+from common.flat import Flat, places, set_lrs
 from common.optim import load_state_tensors, state_tensors
 from model.fusion import Linear, Norm
 
@@ -128,6 +128,72 @@ def test_values_and_gradients_are_views():
     assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
     flat.backward(net.last(net.first(x)).square().sum())  # what had no part in the loss has a gradient of zero
     assert [name for name, p in net.named_parameters() if not p.grad.any()] == ["scale", "norm.scale", "norm.bias"]
+
+
+def test_gradients_of_weights_are_written_in_place(monkeypatch):
+    net = Net()
+    flat = Flat(net)
+    found = {}
+    grad_of = torch.autograd.grad
+
+    def grad(loss, parameters, **options):
+        grads = grad_of(loss, parameters, **options)
+        found.update({id(p): g.data_ptr() for p, g in zip(parameters, grads, strict=True)})
+        return grads
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    x, y = batch(0)
+    flat.backward(F.mse_loss(net(x), y))
+    placed = {name for name, p in net.named_parameters() if found[id(p)] == p.grad.data_ptr()}
+    assert placed == {"first.weight", "last.weight"}
+    assert not places
+
+
+def test_a_weight_used_twice_has_the_sum_of_both_gradients():
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"same": Linear(K, 4, 4)})
+    nn.init.normal_(net["same"].weight)
+    x = torch.randn(K, 6, 4)
+    flat = Flat(net)
+    flat.backward(net["same"](net["same"](x).tanh()).square().mean((1, 2)))
+    weight, bias = (p.detach().double().requires_grad_() for p in net.parameters())
+    h = (x.double() @ weight.mT + bias).tanh() @ weight.mT + bias
+    expected = torch.autograd.grad(h.square().mean((1, 2)).sum(), [weight, bias])
+    for p, each in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad.double(), each, rtol=1e-5, atol=1e-7)
+
+
+def test_an_error_on_the_way_back_leaves_no_places():
+    net = Net()
+    flat = Flat(net)
+    loss = net(batch(0)[0]).square().sum()
+    flat.backward(loss)
+    with pytest.raises(RuntimeError, match="a second time"):
+        flat.backward(loss)
+    assert not places
+
+
+def test_the_step_is_that_of_torchs_optimiser():
+    net = Net()
+    flat = Flat(net)
+    optimizer = flat.adamw(LR, DECAY)
+    theirs = {name: nn.Parameter(p.detach().clone()) for name, p in flat.parts.items()}
+    groups = [{"params": [p], "weight_decay": DECAY * name.startswith("decayed")} for name, p in theirs.items()]
+    other = torch.optim.AdamW(groups, lr=LR, fused=True)
+    for step in range(4):
+        rates = [LR / (1 + step), LR, LR * (step != 2)]
+        set_lrs(optimizer, rates)
+        set_lrs(other, rates)
+        x, y = batch(step)
+        flat.backward(F.mse_loss(net(x), y, reduction="none").mean((1, 2)))
+        for name, p in theirs.items():
+            p.grad = flat.parts[name].grad.clone()
+        optimizer.step()
+        other.step()
+        for name, p in theirs.items():
+            assert torch.equal(p, flat.parts[name]), (step, name)
+    for name, value in state_tensors(nn.ParameterDict(theirs), other).items():
+        assert torch.equal(value, state_tensors(flat.parts, optimizer)[name]), name
 
 
 @pytest.mark.parametrize("most", [0.0, 0.4])

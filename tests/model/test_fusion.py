@@ -14,7 +14,7 @@ from common import checkpoint
 from common.config import UserError
 from model import fusion
 from model.fusion import HEADS, Fusion, FusionConfig
-from model.seeds import heads, statistics
+from model.seeds import Product, heads, statistics
 
 DIMS = {"text": 7, "audio": 5, "video": 4}
 FRAMES = {"text": 4, "audio": 11, "video": 9}  # audio and video are longer than xfuse's latents
@@ -187,6 +187,15 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 # --- seeds side by side -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1)])
+def test_gradients_of_linear_layers_side_by_side(frozen):
+    torch.manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 5, 4), (3, 1, 5), (3, 6, 4))]
+    for i, x in enumerate(given):
+        x.requires_grad_(i not in frozen)
+    assert torch.autograd.gradcheck(Product.apply, given)
 
 
 def loss_of(model, head, x, mask, target):

@@ -295,8 +295,8 @@ def train_epoch(
     for x, mask, index, y, rows in steps(task, order, done, here):
         if stop.asked(here):
             return True, losses_, outputs, norm
-        logits, loss, extra = step_loss(task, x, mask, index, y, rows, cfg)
-        flat.backward(loss + extra)
+        logits, loss, objective = step_loss(task, x, mask, index, y, rows, cfg)
+        flat.backward(objective)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         norm = flat.clip(cfg.grad_clip)
@@ -349,7 +349,7 @@ def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tu
 def step_loss(
     task: Task, x: dict[str, Tensor], mask: dict[str, Tensor], index: Tensor, y: Tensor, rows: Tensor, cfg: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (K, B, C), each seed's part (K,) of the mean loss over the step's `rows`, and of the auxiliary losses."""
+    """Logits (K, B, C), each seed's part (K,) of the mean loss over the step's `rows`, and with auxiliary losses."""
     if cfg.feature_noise:
         x = {m: value + cfg.feature_noise * torch.randn_like(value) for m, value in x.items()}
     if hiding := (cfg.model.hide > 0 or cfg.model.hide_whole > 0):
@@ -363,12 +363,13 @@ def step_loss(
     with torch.autocast(y.device.type, torch.bfloat16, enabled=cfg.precision == "bf16" and y.is_cuda):
         logits, alone = task.model.logits(x, mask, videos)
     head = cfg.model.head
-    loss = losses(logits.float(), y, head, task.weight, cfg.label_smoothing)
+    loss = losses(logits.float(), y, head, task.weight, cfg.label_smoothing).sum(1) / rows
+    if not alone:
+        return logits, loss, loss
     extra = [
         losses(out.float(), y, head, task.weight, cfg.label_smoothing) * mask[m].any(-1) for m, out in alone.items()
     ]
-    added = cfg.model.unimodal * torch.stack(extra).sum((0, 2)) / rows if extra else torch.zeros_like(rows)
-    return logits, loss.sum(1) / rows, added
+    return logits, loss, loss + cfg.model.unimodal * torch.stack(extra).sum((0, 2)) / rows
 
 
 def hide(mask: dict[str, Tensor], chance: float, whole: float = 0.0) -> dict[str, Tensor]:

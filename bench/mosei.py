@@ -107,8 +107,8 @@ class Loop:
 
     def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and loss of one step on these frames."""
-        logits, loss, extra = train_mosei.step_loss(self.task, x, mask, y, y, rows, self.cfg)
-        self.flat.backward(loss + extra)
+        logits, loss, objective = train_mosei.step_loss(self.task, x, mask, y, y, rows, self.cfg)
+        self.flat.backward(objective)
         self.flat.clip(self.cfg.grad_clip)
         self.optimizer.step()
         return logits.detach(), loss.detach()

@@ -348,21 +348,17 @@ def losses(logits: Tensor, target: Tensor, head: str, weight: Tensor | None, smo
     `target` is (K, B) class indices or scores, or (K, B, 6) presence of emotions; `weight` holds the classes' weights,
     for emotions the positives'.
     """
+    if head not in ("regression", "emotions"):
+        rows = logits.flatten(0, 1), target.flatten()
+        return F.cross_entropy(*rows, weight, ignore_index=-1, reduction="none", label_smoothing=smoothing).view(
+            target.shape
+        )
     there = known(target)
     target = torch.where(there if target.ndim < 3 else there[..., None], target, 0)
     if head == "regression":
         return F.smooth_l1_loss(logits[..., 0], target, reduction="none") * there
-    if head == "emotions":
-        return (
-            F.binary_cross_entropy_with_logits(logits, target, weight=None, pos_weight=weight, reduction="none").mean(
-                -1
-            )
-            * there
-        )
-    flat = F.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), weight, reduction="none", label_smoothing=smoothing
-    )  # fmt: skip
-    return flat.view(target.shape) * there
+    each = F.binary_cross_entropy_with_logits(logits, target, weight=None, pos_weight=weight, reduction="none")
+    return each.mean(-1) * there
 
 
 def load(folder: Path, state: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Fusion, str]:

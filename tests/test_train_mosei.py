@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import shutil
 import sys
@@ -336,6 +337,18 @@ def test_modalities_are_hidden_but_never_the_last_and_utterances_whole():
 
 
 # ---- schedule and early stopping
+
+
+def test_rates_of_a_cosine(mock, tmp_path):
+    argv = ["--data-dir", mock, *SMALL, "--schedule", "cosine", "--warmup-steps", 4, "--lr", 2e-3]
+    assert train([*argv, "--epochs", 3, "--out", tmp_path]) == 0
+    history = json.loads((tmp_path / "results.json").read_text())["history"]
+    steps = history[-1]["step"]
+    for point in history:
+        # of the epoch's last step, counted from 0; the cosine from the start of the run
+        cosine = 1e-7 + (2e-3 - 1e-7) * (1 + math.cos(math.pi * (point["step"] - 1) / steps)) / 2
+        assert point["Learning_Rate"] == pytest.approx(cosine, rel=1e-6)
+    assert history[0]["step"] > 4
 
 
 def test_a_stopped_seed_stays_as_it_is(mock, tmp_path):

@@ -24,7 +24,7 @@ from common.flat import Flat, set_lrs
 from common.keeper import Keeper, Progress, Rule, Watch, shuffled
 from common.log import Logger, curves_png
 from common.optim import OptimConfig, lr_at
-from common.run import open_run, resume_or_start
+from common.run import fast_run, open_run, resume_or_start
 from data.features import Store
 from data.meld import LABELS
 from data.mock_speech import make_mock
@@ -92,7 +92,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError("--seeds, --epochs and --batch-size are at least 1, --seed and --context at least 0")
     if cfg.fast:
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
-        before = {"stage3_ckpt": "out/slm_fast"} if Path("out/slm_fast/checkpoints/best").exists() else {}
+        made = not (cfg.data.data_root or Path(PLACE).is_dir())
+        before = {"stage3_ckpt": "out/slm_fast"} if fast_run("out/slm_fast", made) else {}
         cfg = config.preset(cfg, {"out": "out/meld_fast", "overwrite": not cfg.resume} | before | FAST)
     cfg, start = resume_or_start(cfg, "meld", say)
     out = Path(str(cfg.out))

@@ -24,10 +24,10 @@ from common.flat import Flat, set_lrs
 from common.keeper import Keeper, Progress, Rule, Watch, shuffled
 from common.log import Logger, curves_png
 from common.optim import OptimConfig, lr_at
-from common.run import open_run, resume_or_start
+from common.run import fast_run, open_run, resume_or_start
 from data.features import Store
 from data.mock_speech import make_mock
-from data.pairs import SPLITS, Pairs, PairsConfig, classes, find_data, load, open_stores, read_clips, sources
+from data.pairs import SPLITS, Pairs, PairsConfig, classes, find_data, find_root, load, open_stores, read_clips, sources
 from evals import speech
 from model import clap, slm
 from model.clap import Clap
@@ -98,7 +98,8 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
         raise UserError("--seeds, --epochs and --batch-size are at least 1, --seed at least 0")
     if cfg.fast:
         torch.set_num_threads(1)  # its matrices are too small for more threads to pay
-        before = {"clap_ckpt": "out/clap_fast"} if Path("out/clap_fast/checkpoints/best").exists() else {}
+        made = not (cfg.data.data_root or cfg.data.manifest or find_root(PLACES))
+        before = {"clap_ckpt": "out/clap_fast"} if fast_run("out/clap_fast", made) else {}
         cfg = config.preset(cfg, {"out": "out/slm_fast", "overwrite": not cfg.resume} | before | FAST)
     cfg, start = resume_or_start(cfg, "slm", say)
     out = Path(str(cfg.out))

@@ -46,6 +46,15 @@ def resume_or_start(cfg: T, name: str, say: Callable[[str], None]) -> tuple[T, P
     return cfg, start
 
 
+def fast_run(folder: str, made: bool) -> bool:
+    """Whether another script's --fast run lies in `folder`, of data of the same kind: made up by it, or found."""
+    best = Path(folder, "checkpoints", "best")
+    if not best.exists():
+        return False
+    root = checkpoint.read_state(best)["config"]["data"]["data_root"]
+    return (root == str(Path(folder, "mock"))) == made
+
+
 def open_run(cfg: Any, out: Path, start: Path | None) -> checkpoint.RunLock:
     """Takes the run folder: locks it, clears what a killed save left, sets aside what is later than `start`."""
     lock = checkpoint.RunLock(out)

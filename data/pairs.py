@@ -125,13 +125,18 @@ class Pairs:
         return batches(self.parts, steps, device)
 
 
+def find_root(places: Sequence[str]) -> str | None:
+    """The first of `places` that holds a manifest."""
+    return next((place for place in places if Path(place, "manifest.csv").is_file()), None)
+
+
 def find_data(
     cfg: PairsConfig, places: Sequence[str], fast: bool, make: Callable[[], Path], say: Callable[[str], None]
 ) -> None:
     """Fills in data_root where nothing names the data: one of `places`, or with --fast what `make` makes."""
     if cfg.data_root is not None or cfg.manifest is not None:
         return
-    found = next((place for place in places if Path(place, "manifest.csv").is_file()), None)
+    found = find_root(places)
     if found is None and not fast:
         raise UserError(
             f"no data: {' and '.join(f'{place}/manifest.csv' for place in places)} not found; --data-root names a "

@@ -219,7 +219,7 @@ def test_every_seed_has_its_own_best_epoch(small, tmp_path):
                 assert torch.equal(value[k], epochs[epoch][name][k])
 
 
-def test_fast_needs_nothing_and_takes_the_classifier_of_the_stage_before(tmp_path, monkeypatch, capsys):
+def test_fast_needs_nothing_and_takes_the_classifier_of_the_stage_before(tmp_path, words, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sizes = {"train": 98, "valid": 24, "test": 24}
     monkeypatch.setattr(mock_speech, "SIZES", {"lines": sizes, "meld": sizes})
@@ -235,6 +235,9 @@ def test_fast_needs_nothing_and_takes_the_classifier_of_the_stage_before(tmp_pat
     assert "stage 3, out/slm_fast: " in capsys.readouterr().out
     assert train([*fast, "--epochs", 2, "--resume"]) == 0
     assert [point["epoch"] for point in results(tmp_path / "out/meld_fast")["history"]] == [1, 2]
+    shutil.copytree(words, "datasets/MELD")  # real ones have none of the features that were made up for it
+    assert train([*fast, "--epochs", 1]) == 0
+    assert results(tmp_path / "out/meld_fast")["stage3"] is None
 
 
 def test_it_learns_what_is_planted_and_nothing_from_shuffled_labels(tmp_path):

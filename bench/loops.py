@@ -72,24 +72,32 @@ def alternate(variants: dict[str, Variant], repeats: int) -> Times:
     return times
 
 
-class Loop(Protocol):
-    """A model in training: epochs of so many steps, by the script itself, on one batch, and from a DataLoader."""
+class Loading(Protocol):
+    """A model in training from a DataLoader, epochs of so many steps."""
 
     clock: Clock
     steps: int
 
-    def ours(self, steps: int) -> object: ...
-    def floor(self, steps: int) -> object: ...
     def loader(self, loader: DataLoader, steps: int) -> object: ...
 
 
-def compare(name: str, loop: Loop, peer: Loop, loaders: dict[int, DataLoader], repeats: int) -> list[str]:
-    """The table `name` of a loop, its floor, and `peer` with each of `loaders`, by how many workers they have."""
+class Loop(Loading, Protocol):
+    """And by the script itself, and on one batch."""
+
+    def ours(self, steps: int) -> object: ...
+    def floor(self, steps: int) -> object: ...
+
+
+def compare(
+    name: str, loop: Loop, peers: dict[str, Loading], loaders: dict[int, DataLoader], repeats: int
+) -> list[str]:  # fmt: skip
+    """The table `name` of a loop, its floor, and `peers` with each of `loaders`, by how many workers they have."""
     variants: dict[str, Variant] = {
         "floor": (loop.clock, loop.floor, loop.steps), "ours": (loop.clock, loop.ours, loop.steps)
     }  # fmt: skip
-    for n, loader in loaders.items():
-        variants[f"DataLoader, {n} workers"] = peer.clock, partial(peer.loader, loader), peer.steps
+    for what, peer in peers.items():
+        for n, loader in loaders.items():
+            variants[f"{what}, {n} workers"] = peer.clock, partial(peer.loader, loader), peer.steps
     return rows(name, alternate(variants, repeats))
 
 

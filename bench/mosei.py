@@ -5,8 +5,8 @@ also the default one (xfuse), seven classes. The variants take turns, and each r
 the tables have the medians over rounds.
 
 ours          an epoch by train_mosei.py's own train_epoch
-DataLoader    the same steps on batches of a Dataset of one dict of tensors a row and the default collate; like ours
-              without the guide's loss.item() a step, so the gap to the guide's own trainer is wider
+DataLoader    the same steps on batches of a Dataset of one dict of tensors a row and the default collate
+plain PyTorch the same from nn.Linear, torch's own AdamW and clip_grad_norm_, with the guide's loss.item() in every step
 floor         forward, loss, backward, clipping and AdamW on one batch that never changes: no data path can beat it
 overhead      (epoch - floor) / epoch; on a CPU it may be smaller than the noise of either
 loop          what lies in the same epochs between an optimiser's step and the next forward, by the clock, less what
@@ -36,11 +36,12 @@ if not __package__:  # run by path: start again as a module, so that the reposit
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
-from bench.loops import Clock, Variant, alternate, compare
+from bench.loops import Clock, Loading, Variant, alternate, compare
 from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
@@ -139,6 +140,32 @@ class Loop:
         loss.sum().item()
 
 
+class Plain:
+    """The same network from torch's own layers, optimiser and clipping, its loss looked at in every step."""
+
+    def __init__(self, rows: int, batch: int, device: torch.device) -> None:
+        cfg = train_mosei.Config()
+        self.model = nn.Sequential(
+            nn.Linear(sum(DIMS.values()), 256), nn.ReLU(), nn.Dropout(0.3),
+            nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.195), nn.Linear(128, 7),
+        ).to(device)  # fmt: skip
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+        self.clock, self.steps, self.device = Clock(self.model, self.optimizer, device), math.ceil(rows / batch), device
+
+    def loader(self, loader: DataLoader, steps: int) -> float:
+        total = 0.0
+        for batch in islice(loader, steps):
+            batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            y = batch.pop("label")
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(torch.cat(list(batch.values()), -1)), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1e-6)
+            self.optimizer.step()
+            total += loss.item()
+        return total
+
+
 class Rows(Dataset):
     """One utterance at a time, as most training scripts have it."""
 
@@ -181,7 +208,10 @@ def training(cfg: Config, device: torch.device, precision: str) -> list[str]:
             )
             for n in cfg.num_workers
         }  # fmt: skip
-        lines += compare(f"mlp, batch {batch}, {loop.steps} steps, {precision}", loop, peer, loaders, cfg.repeats)
+        peers: dict[str, Loading] = {"DataLoader": peer}
+        if precision == "fp32":
+            peers["plain PyTorch, DataLoader"] = Plain(len(data), batch, device)
+        lines += compare(f"mlp, batch {batch}, {loop.steps} steps, {precision}", loop, peers, loaders, cfg.repeats)
     for name in ("mlp", "xfuse"):
         seeds: dict[str, Variant] = {}
         for k in (1, 5):

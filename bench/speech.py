@@ -232,7 +232,7 @@ def measure(kind: Callable[[Pairs, int, str], Loop], data: Pairs, batch: int, pr
     if loop.steps < 1:
         raise UserError(f"{len(data)} clips are less than a step of {batch}")
     name = f"{'SLM' if kind is SlmLoop else 'CLAP'}, batch {batch}, {loop.steps} steps, {precision}"
-    return compare(name, loop, peer, {n: loader(peer, n) for n in cfg.num_workers}, cfg.repeats)
+    return compare(name, loop, {"DataLoader": peer}, {n: loader(peer, n) for n in cfg.num_workers}, cfg.repeats)
 
 
 def main(cfg: Config) -> None:

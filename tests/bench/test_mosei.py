@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from bench import loops, report
@@ -20,13 +21,28 @@ def test_every_variant_is_measured(tmp_path, monkeypatch, capsys):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     heads = {line[0] for line in lines if line[1:] == list(loops.COLUMNS)}
     assert heads == {"mlp, batch 16, 13 steps, fp32", "mlp, batch 512, 1 steps, fp32"}
-    ways = [line for line in lines if line[0] in ("floor", "ours", "DataLoader, 0 workers")]
-    assert len(ways) == 6
+    names = ("floor", "ours", "DataLoader, 0 workers", "plain PyTorch, DataLoader, 0 workers")
+    ways = [line for line in lines if line[0] in names]
+    assert len(ways) == 8
     assert all(float(line[1].split()[0]) > 0 for line in ways)
     rows = {line[0]: line[1] for line in lines if len(line) == 2}
     assert float(rows["5 x one seed, times 5 seeds at once"].split()[0]) > 0
     for name in ("converted store, ready to train: ms; peak MiB", "pickle.load, times converted store: time; peak"):
         assert rows[name].endswith("; 50" if "MiB" in name else "; 1 (1 to 1)")
+
+
+def test_the_plain_network_is_the_same():
+    data = bench.random_utterances(32)
+    loop, plain = bench.Loop(data, 16, 1, torch.device("cpu")), bench.Plain(32, 16, torch.device("cpu"))
+    assert plain.steps == loop.steps
+    own = [p for name, p in loop.task.model.named_parameters()]
+    for p, theirs in zip(own, plain.model.parameters(), strict=True):
+        theirs.data.copy_(p[0].view(theirs.shape))
+    x, mask = data.gather(torch.arange(16)[None])
+    expected = loop.task.model.eval().logits(x, mask)[0][0]
+    found = plain.model.eval()(torch.cat([value[0, :, 0] for value in x.values()], -1))
+    torch.testing.assert_close(found, expected)
+    assert [m.p for m in plain.model if isinstance(m, torch.nn.Dropout)] == pytest.approx([0.3, 0.195])
 
 
 def test_the_variants_do_the_same_work():

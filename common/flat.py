@@ -103,7 +103,7 @@ class Flat:
 
 
 class FlatAdamW(AdamW):
-    """AdamW of a Flat's parts: torch's own way to the same kernel takes a tenth of a small model's step."""
+    """AdamW of a Flat's parts, one call of its kernel for all that share their rates; torch's own makes one a seed."""
 
     @torch.no_grad()
     def step(self) -> None:

@@ -349,10 +349,10 @@ def losses(logits: Tensor, target: Tensor, head: str, weight: Tensor | None, smo
     for emotions the positives'.
     """
     if head not in ("regression", "emotions"):
-        rows = logits.flatten(0, 1), target.flatten()
-        return F.cross_entropy(*rows, weight, ignore_index=-1, reduction="none", label_smoothing=smoothing).view(
-            target.shape
-        )
+        each = F.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), weight, ignore_index=-1, reduction="none", label_smoothing=smoothing
+        )  # fmt: skip
+        return each.view(target.shape)
     there = known(target)
     target = torch.where(there if target.ndim < 3 else there[..., None], target, 0)
     if head == "regression":

@@ -144,9 +144,9 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
     while progress.epoch < cfg.epochs and not all(watch.stopped for watch in watches):
         began, done = time.perf_counter(), keeper.begin(cfg.seed, iters)
         order = shuffled(len(train), seeds, progress.epoch).to(here.device)
-        chunks = order[:, : iters * a_step * here.world].split(a_step * here.world, 1)
+        order = order[:, : iters * a_step * here.world]  # a short step would have fewer clips to tell apart
         stopping, losses, norm = train_epoch(
-            model, train, cfg, here, flat, optimizer, progress, watches, chunks, done, stop, bar.update
+            model, train, cfg, here, flat, optimizer, progress, watches, order, a_step, done, stop, bar.update
         )
         if stopping:
             break
@@ -201,10 +201,10 @@ def main(cfg: Config) -> None:  # noqa: C901 (the whole run, in the order in whi
 
 def train_epoch(
     model: Clap, train: Pairs, cfg: Config, here: dist.Ranks, flat: Flat, optimizer: torch.optim.Optimizer,
-    progress: Progress, watches: Sequence[Watch], chunks: Sequence[Tensor], done: int, stop: dist.Stop,
+    progress: Progress, watches: Sequence[Watch], order: Tensor, a_step: int, done: int, stop: dist.Stop,
     tick: Callable[[], Any],
 ) -> tuple[bool, list[Tensor], Tensor]:  # fmt: skip
-    """The steps of an epoch from `done` on, each of the clips chunk (K, B) of all ranks.
+    """The steps of an epoch from `done` on, of the clips order (K, N), a_step of them on each rank.
 
     Returns whether a stop was asked for, this rank's part (K,) of each step's loss, and the last gradient norm (K,).
     """
@@ -212,8 +212,10 @@ def train_epoch(
     schedule = OptimConfig(
         lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
     )  # fmt: skip
-    scripts = train.script[torch.cat(list(chunks), 1)].split(chunks[0].shape[1], 1)[done:]
-    batches = train.batches([chunk[:, here.rank :: here.world] for chunk in chunks[done:]], here.device)
+    steps = order.shape[1] // (a_step * here.world)
+    order = order[:, done * a_step * here.world :]
+    scripts = train.script[order].split(a_step * here.world, 1)
+    batches = train.batches(order[:, here.rank :: here.world], a_step, steps - done, here.device)
     losses: list[Tensor] = []
     norm = flat.grads.new_zeros(len(watches))
     for script, (x, mask) in zip(scripts, batches, strict=True):
@@ -225,7 +227,7 @@ def train_epoch(
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)
         norm = flat.clip(cfg.grad_clip)
-        lr = lr_at(progress.step, cfg.epochs * len(chunks), schedule)
+        lr = lr_at(progress.step, cfg.epochs * steps, schedule)
         set_lrs(optimizer, [0.0 if watch.stopped else lr for watch in watches])
         optimizer.step()
         model.clamp_scale()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common import checkpoint, config, dist
 from common.config import UserError, opt
@@ -28,6 +29,7 @@ from common.run import open_run, resume_or_start
 from data.layouts import MODALITIES
 from data.mock_mosei import make_mock
 from data.mosei import inspect, open_corpus
+from data.resident import cut
 from data.utterances import SCHEMES, Utterances, level, load_splits
 from evals import sentiment
 from model.fusion import HEADS, Fusion, FusionConfig, known, load_original, losses
@@ -331,18 +333,16 @@ def read_test(cfg: Config, task: Task, place: Path, log: Logger, say: Callable[[
 
 def steps(task: Task, order: Tensor, done: int, here: dist.Ranks) -> Iterator[tuple]:
     """Frames, masks, indices (K, B), targets and the number of rows over all ranks (K,) of each step from `done` on."""
-    train, longest = task.splits["train"], task.units.shape[1]
-    chunks = order.split(task.a_step * here.world, 1)[done:]
-    own = [chunk[:, here.rank :: here.world] for chunk in chunks]
-    sizes = [chunk.shape[1] * longest for chunk in own]
-    whole = known(task.target[task.units[torch.cat(chunks, 1)].flatten(1)])
-    ends = torch.tensor([chunk.shape[1] * longest for chunk in chunks]).cumsum(0).to(whole.device)
-    rows = whole.cumsum(1)[:, ends - 1].diff(prepend=whole.new_zeros(len(whole), 1, dtype=torch.long))
-    index = task.units[torch.cat(own, 1)].flatten(1)
-    y = task.target[index].to(here.device).split(sizes, 1)
+    train, size = task.splits["train"], task.a_step * task.units.shape[1]  # of a step: utterances of a process
+    order = order[:, done * task.a_step * here.world :]
+    whole = known(task.target[task.units[order].flatten(1)])
+    count = math.ceil(whole.shape[1] / (size * here.world))
+    rows = F.pad(whole, (0, count * size * here.world - whole.shape[1])).view(len(whole), count, -1).sum(2)
+    index = task.units[order[:, here.rank :: here.world]].flatten(1)
+    at, y = cut(index, size, count), cut(task.target[index].to(here.device), size, count)
     rows = rows.clamp_min(1).to(here.device).unbind(1)
-    at = index.split(sizes, 1)
-    for (x, mask), *step in zip(train.batches(at, here.device), at, y, rows, strict=True):
+    batches = train.batches(index, size, count, here.device)
+    for (x, mask), *step in zip(batches, at, y, rows, strict=True):
         yield x, mask, *step
 
 

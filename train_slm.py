@@ -28,6 +28,7 @@ from common.run import fast_run, open_run, resume_or_start
 from data.features import Store
 from data.mock_speech import make_mock
 from data.pairs import SPLITS, Pairs, PairsConfig, classes, find_data, find_root, load, open_stores, read_clips, sources
+from data.resident import cut
 from evals import speech
 from model import clap, slm
 from model.clap import Clap
@@ -240,19 +241,20 @@ def train_epoch(
     schedule = OptimConfig(
         lr=cfg.lr, min_lr=cfg.min_lr, warmup_lr=0.0, warmup_steps=cfg.warmup_steps, schedule=shape
     )  # fmt: skip
-    a_step, share = cfg.batch_size * here.world, slice(here.rank, None, here.world)
-    total = cfg.schedule_epochs * math.ceil(order.shape[1] / a_step)
-    labels = train.label[order].to(here.device).split(a_step, 1)[done:]
-    batches = train.batches([chunk[:, share] for chunk in order.split(a_step, 1)[done:]], here.device)
+    a_step = cfg.batch_size * here.world
+    steps = math.ceil(order.shape[1] / a_step)
+    total = cfg.schedule_epochs * steps
+    own = order[:, done * a_step + here.rank :: here.world]
+    labels = cut(train.label[own].to(here.device), cfg.batch_size, steps - done)
+    batches = train.batches(own, cfg.batch_size, steps - done, here.device)
     losses: list[Tensor] = []
     right = torch.zeros(len(order), device=here.device)
     norm = flat.grads.new_zeros(len(order))
-    for label, (x, mask) in zip(labels, batches, strict=True):
+    for i, (y, (x, mask)) in enumerate(zip(labels, batches, strict=True), done):
         if stop.asked(here):
             return True, losses, right, norm
-        y = label[:, share]
         logits, part = step_loss(model, x, mask, y, cfg)
-        part = part / label.shape[1]
+        part = part / min(a_step, order.shape[1] - i * a_step)  # clips of all ranks
         flat.backward(part)
         if here.world > 1:
             torch.distributed.all_reduce(flat.grads)

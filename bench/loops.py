@@ -1,26 +1,33 @@
 """What bench/mosei.py and bench/speech.py share: ways to train take turns; a clock tells the model from the loop."""
 
+import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from threading import Semaphore, Thread
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
-from bench.report import spread
+from bench.report import apart, spread
 
 BELOW = "ours is not above the floor's"
 WARM = 20  # most steps of each variant before the first round, and no more than a quarter of its epoch
+TURNS = 32  # of an epoch: a machine that others use is not the same from one second to the next
 COLUMNS = (
     "ms a step", "overhead, share of the epoch", "loop, ms a step", "loop, share of the epoch", "epoch, times ours",
     "overhead, times ours", "loop, times ours",
 )  # fmt: skip
 
 
+Tick = Callable[[], object]  # called after every step
+
+
 class Clock:
-    """Adds up the time from the forward to the end of the optimiser's step, over the steps since it was set."""
+    """Marks when a forward begins and when the optimiser's step has ended."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device = device
@@ -36,40 +43,95 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def ms(self) -> float:
+        """From the forward to the end of the optimiser's step, over all steps marked."""
         pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
         if self.device.type == "cuda":
             return sum(a.elapsed_time(b) for a, b in pairs)
         return 1000 * sum(b - a for a, b in pairs)
-
-    def of(self, epoch: Callable[[], object], steps: int) -> tuple[float, float]:
-        """ms a step of an epoch, and of it what no forward, backward or optimiser takes."""
-        self.wait()
-        self.marks.clear()
-        began = time.perf_counter()
-        epoch()
-        self.wait()
-        whole = 1000 * (time.perf_counter() - began)
-        return whole / steps, (whole - self.ms()) / steps
 
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-Variant = tuple[Clock, Callable[[int], object], int]  # what times it, its epoch of so many steps, how many it has
+@dataclass
+class Variant:
+    """A way to train."""
+
+    clock: Clock
+    epoch: Callable[[int, Tick], object]  # so many steps
+    steps: int
+    turns: int = TURNS  # one epoch takes so many; 1 where processes work on while others have their turn
+
+
+class Epoch:
+    """An epoch of a variant, in a thread of its own that waits while it is not its turn."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.marks, self.ms = variant, [], 0.0
+        self.each, self.steps, self.over = max(1, variant.steps // variant.turns), 0, False
+        self.go, self.stopped = Semaphore(0), Semaphore(0)
+        self.failed: BaseException | None = None
+        Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        self.go.acquire()
+        try:
+            self.variant.epoch(self.variant.steps, self._tick)
+        except BaseException as error:
+            self.failed = error
+        self.over = True
+        self.stopped.release()
+
+    def _tick(self) -> None:
+        self.steps += 1
+        if self.steps % self.each == 0 and self.variant.turns > 1:
+            self.stopped.release()
+            self.go.acquire()
+
+    def turn(self) -> None:
+        """Goes on until the next turn is another's."""
+        clock = self.variant.clock
+        clock.marks = self.marks
+        began = time.perf_counter()
+        self.go.release()
+        self.stopped.acquire()
+        clock.wait()
+        self.ms += 1000 * (time.perf_counter() - began)
+        if self.failed:
+            raise self.failed
+
+    def times(self) -> tuple[float, float]:
+        """ms a step, and of it what no forward, backward or optimiser takes."""
+        self.variant.clock.marks = self.marks
+        return self.ms / self.steps, (self.ms - self.variant.clock.ms()) / self.steps
+
+
 Times = dict[str, list[tuple[float, float]]]
 
 
-def alternate(variants: dict[str, Variant], repeats: int) -> Times:
-    """What the clock says of each variant's epoch in each round; the order turns round every time."""
-    times: Times = {name: [] for name in variants}
-    for _, epoch, steps in variants.values():
-        epoch(max(1, min(WARM, steps // 4)))
-    for round in range(repeats):
-        for name in list(variants)[:: 1 if round % 2 else -1]:
-            clock, epoch, steps = variants[name]
-            times[name].append(clock.of(partial(epoch, steps), steps))
-    return times
+def alternate(variants: dict[str, Variant]) -> dict[str, tuple[float, float]]:
+    """The times of an epoch of each; their turns come in an order that is drawn anew every time."""
+    for variant in variants.values():
+        variant.epoch(max(1, min(WARM, variant.steps // 4)), int)
+    epochs = {name: Epoch(variant) for name, variant in variants.items()}
+    while left := [epoch for epoch in epochs.values() if not epoch.over]:
+        for epoch in random.sample(left, len(left)):
+            epoch.turn()
+    return {name: epoch.times() for name, epoch in epochs.items()}
+
+
+def a_round(build: Callable[..., dict[str, Variant]], *args: object) -> dict[str, tuple[float, float]]:
+    return alternate(build(*args))
+
+
+def rounds(repeats: int, build: Callable[..., dict[str, Variant]], *args: object) -> Times:
+    """The times of the variants that build(*args) gives, in each of so many rounds.
+
+    Each is a process of its own, for where its memory happens to lie makes a step some percent faster or slower.
+    """
+    found = [apart(a_round, build, *args) for _ in range(repeats)]
+    return {name: [times[name] for times in found] for name in found[0]}
 
 
 class Loading(Protocol):
@@ -78,27 +140,26 @@ class Loading(Protocol):
     clock: Clock
     steps: int
 
-    def loader(self, loader: DataLoader, steps: int) -> object: ...
+    def loader(self, loader: DataLoader, steps: int, tick: Tick) -> object: ...
 
 
 class Loop(Loading, Protocol):
     """And by the script itself, and on one batch."""
 
-    def ours(self, steps: int) -> object: ...
-    def floor(self, steps: int) -> object: ...
+    def ours(self, steps: int, tick: Tick) -> object: ...
+    def floor(self, steps: int, tick: Tick) -> object: ...
 
 
-def compare(
-    name: str, loop: Loop, peers: dict[str, Loading], loaders: dict[int, DataLoader], repeats: int
-) -> list[str]:  # fmt: skip
-    """The table `name` of a loop, its floor, and `peers` with each of `loaders`, by how many workers they have."""
-    variants: dict[str, Variant] = {
-        "floor": (loop.clock, loop.floor, loop.steps), "ours": (loop.clock, loop.ours, loop.steps)
+def ways(loop: Loop, peers: dict[str, Loading], loaders: dict[int, DataLoader]) -> dict[str, Variant]:
+    """A loop, its floor, and `peers` with each of `loaders`, by how many workers they have."""
+    variants = {
+        "floor": Variant(loop.clock, loop.floor, loop.steps), "ours": Variant(loop.clock, loop.ours, loop.steps)
     }  # fmt: skip
     for what, peer in peers.items():
         for n, loader in loaders.items():
-            variants[f"{what}, {n} workers"] = peer.clock, partial(peer.loader, loader), peer.steps
-    return rows(name, alternate(variants, repeats))
+            epoch = partial(peer.loader, loader)
+            variants[f"{what}, {n} workers"] = Variant(peer.clock, epoch, peer.steps, 1 if n else TURNS)
+    return variants
 
 
 def rows(name: str, times: Times) -> list[str]:

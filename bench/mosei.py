@@ -1,8 +1,10 @@
 """Speed of train_mosei.py's loop beside a DataLoader's, of seeds side by side, and of opening data; all in one run.
 
 Random features of CMU-MOSEI's size (16,326 rows, 768 + 768 + 25), the guide's network (mlp) and for seeds side by side
-also the default one (xfuse), seven classes. The variants take turns, and each round gives one value of every number;
-the tables have the medians over rounds.
+also the default one (xfuse), seven classes. The variants take turns, each for a 32nd of its epoch (whole ones with
+worker processes). Each round is a process of its own and gives one value of every number; the tables have the medians.
+All train at a rate of 0, with the work of any other: one batch that is learnt by heart has gradients too small to be
+clipped.
 
 ours          an epoch by train_mosei.py's own train_epoch
 DataLoader    the same steps on batches of a Dataset of one dict of tensors a row and the default collate
@@ -41,7 +43,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
-from bench.loops import Clock, Loading, Variant, alternate, compare
+from bench.loops import Clock, Loading, Tick, Variant, rounds, rows, ways
 from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
@@ -80,10 +82,10 @@ class Loop:
         device: torch.device,
         precision: str = "fp32",
         model: str = "mlp",
+        lr: float = 0.0,
     ) -> None:
-        # clipped at every step: the floor's one batch is soon known by heart, and its gradients would be left alone
         self.cfg = train_mosei.Config(
-            model=FusionConfig(model=model), batch_size=batch, precision=precision, grad_clip=1e-6
+            model=FusionConfig(model=model), batch_size=batch, precision=precision, grad_clip=1e-6, lr=lr
         )
         self.here, self.seeds = dist.Ranks(device=device), seeds
         fusion = Fusion(self.cfg.model, DIMS, dict.fromkeys(DIMS, 1), range(seeds)).to(device).train()
@@ -97,12 +99,12 @@ class Loop:
         self.stop = dist.Stop()
         self.stop.release()
 
-    def ours(self, steps: int) -> None:
+    def ours(self, steps: int, tick: Tick = int) -> None:
         """An epoch, or its first `steps`."""
         order = shuffled(len(self.task.units), list(range(self.seeds)), 0).to(self.here.device)
         losses = train_mosei.train_epoch(
             self.task, self.cfg, self.here, self.flat, self.optimizer, Progress(),
-            order[:, : steps * self.task.a_step], 0, self.steps, [self.cfg.lr] * self.seeds, self.stop, int,
+            order[:, : steps * self.task.a_step], 0, self.steps, [self.cfg.lr] * self.seeds, self.stop, tick,
         )[1]  # fmt: skip
         torch.stack(losses).sum().item()
 
@@ -114,7 +116,7 @@ class Loop:
         self.optimizer.step()
         return logits.detach(), loss.detach()
 
-    def loader(self, loader: DataLoader, steps: int) -> None:
+    def loader(self, loader: DataLoader, steps: int, tick: Tick = int) -> None:
         """The same with batches of a DataLoader."""
         losses, outputs = [], []
         for batch in islice(loader, steps):
@@ -125,9 +127,10 @@ class Loop:
             logits, loss = self.update(x, mask, y, known(y).sum(1).clamp_min(1))
             losses.append(loss)
             outputs.append((logits, y))
+            tick()
         torch.stack(losses).sum().item()
 
-    def floor(self, steps: int) -> None:
+    def floor(self, steps: int, tick: Tick = int) -> None:
         """Steps on one batch."""
         train = self.task.splits["train"]
         index = (torch.arange(self.task.a_step, device=self.here.device) % len(train)).expand(self.seeds, -1)
@@ -137,6 +140,7 @@ class Loop:
         loss = torch.zeros(())
         for _ in range(min(steps, self.steps)):
             loss = self.update(x, mask, y, rows)[1]
+            tick()
         loss.sum().item()
 
 
@@ -144,15 +148,14 @@ class Plain:
     """The same network from torch's own layers, optimiser and clipping, its loss looked at in every step."""
 
     def __init__(self, rows: int, batch: int, device: torch.device) -> None:
-        cfg = train_mosei.Config()
         self.model = nn.Sequential(
             nn.Linear(sum(DIMS.values()), 256), nn.ReLU(), nn.Dropout(0.3),
             nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.195), nn.Linear(128, 7),
         ).to(device)  # fmt: skip
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.0, weight_decay=train_mosei.Config().weight_decay)
         self.clock, self.steps, self.device = Clock(self.model, self.optimizer, device), math.ceil(rows / batch), device
 
-    def loader(self, loader: DataLoader, steps: int) -> float:
+    def loader(self, loader: DataLoader, steps: int, tick: Tick = int) -> float:
         total = 0.0
         for batch in islice(loader, steps):
             batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
@@ -163,6 +166,7 @@ class Plain:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1e-6)
             self.optimizer.step()
             total += loss.item()
+            tick()
         return total
 
 
@@ -194,31 +198,39 @@ def random_utterances(rows: int) -> Utterances:
     return Utterances(clips, "score", score, torch.full((rows, 6), torch.nan), values, places, members)
 
 
+def ways_to_train(cfg: Config, device: torch.device, precision: str, batch: int) -> dict[str, Variant]:
+    start(cfg, device)
+    data = random_utterances(cfg.rows)
+    loop, peer = (Loop(data.to(device), batch, 1, device, precision) for _ in range(2))
+    loaders = {
+        n: DataLoader(
+            Rows(data), batch, shuffle=True, num_workers=n, pin_memory=device.type == "cuda", persistent_workers=n > 0
+        )
+        for n in cfg.num_workers
+    }  # fmt: skip
+    peers: dict[str, Loading] = {"DataLoader": peer}
+    if precision == "fp32":
+        peers["plain PyTorch, DataLoader"] = Plain(len(data), batch, device)
+    return ways(loop, peers, loaders)
+
+
+def seeds_together(cfg: Config, device: torch.device, precision: str, model: str) -> dict[str, Variant]:
+    start(cfg, device)
+    data = random_utterances(cfg.rows).to(device)
+    loops = {f"{k} seed{'s' * (k > 1)}": Loop(data, 16, k, device, precision, model) for k in (1, 5)}
+    # enough steps for a steady time: xfuse takes several times longer
+    return {name: Variant(loop.clock, loop.ours, min(loop.steps, 200)) for name, loop in loops.items()}
+
+
 def training(cfg: Config, device: torch.device, precision: str) -> list[str]:
     """Lines of the tables of ways to train, and of seeds side by side."""
-    data = random_utterances(cfg.rows)
-    here = data.to(device)
     lines: list[str] = []
     for batch in (16, 512):
-        loop, peer = (Loop(here, batch, 1, device, precision) for _ in range(2))
-        loaders = {
-            n: DataLoader(
-                Rows(data), batch, shuffle=True, num_workers=n, pin_memory=device.type == "cuda",
-                persistent_workers=n > 0,
-            )
-            for n in cfg.num_workers
-        }  # fmt: skip
-        peers: dict[str, Loading] = {"DataLoader": peer}
-        if precision == "fp32":
-            peers["plain PyTorch, DataLoader"] = Plain(len(data), batch, device)
-        lines += compare(f"mlp, batch {batch}, {loop.steps} steps, {precision}", loop, peers, loaders, cfg.repeats)
+        name = f"mlp, batch {batch}, {math.ceil(cfg.rows / batch)} steps, {precision}"
+        lines += rows(name, rounds(cfg.repeats, ways_to_train, cfg, device, precision, batch))
     for name in ("mlp", "xfuse"):
-        seeds: dict[str, Variant] = {}
-        for k in (1, 5):
-            loop = Loop(here, 16, k, device, precision, name)
-            # enough steps for a steady time: xfuse takes several times longer
-            seeds[f"{k} seed{'s' * (k > 1)}"] = loop.clock, loop.ours, min(loop.steps, 200)
-        found = {k: [whole for whole, _ in each] for k, each in alternate(seeds, cfg.repeats).items()}
+        times = rounds(cfg.repeats, seeds_together, cfg, device, precision, name)
+        found = {k: [whole for whole, _ in each] for k, each in times.items()}
         ratio = [5 * one / five for one, five in zip(*found.values(), strict=True)]
         lines += table(f"{name}, batch 16, {precision}", [
             *((f"{k}: ms a step", spread(each)) for k, each in found.items()),
@@ -313,11 +325,16 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def main(cfg: Config) -> None:
+def start(cfg: Config, device: torch.device) -> None:
+    """What a process does before it trains."""
     torch.set_num_threads(cfg.threads)
+    dist.keep_memory(device)  # as the script does
+
+
+def main(cfg: Config) -> None:
     device = dist.ranks(cfg.device).device
     what = f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)"
-    dist.keep_memory(device)  # as the script does
+    start(cfg, device)
     lines = header("bench/mosei.py", device, cfg.threads, what)
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
         lines += training(cfg, device, precision)

@@ -1,7 +1,9 @@
 """Speed of the loops of train_slm.py and train_clap.py beside a DataLoader's of the same models, all in one run.
 
-Random embeddings of the published widths. The variants of a size take the same batches in turns, and each round gives
-one value of every number; the tables have the medians over rounds.
+Random embeddings of the published widths. The variants of a size take the same batches in turns, each for a 32nd of its
+epoch (whole ones with worker processes). Each round is a process of its own and gives one value of every number; the
+tables have the medians. All train at a rate of 0, with the work of any other: one batch that is learnt by heart has
+gradients too small to be clipped.
 
 ours          an epoch by the script's own train_epoch
 DataLoader    the same steps on batches of a Dataset of one dict of tensors a clip and the default collate; its worker
@@ -34,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_clap
 import train_slm
-from bench.loops import Clock, compare
+from bench.loops import Clock, Tick, Variant, rounds, rows, ways
 from bench.report import header, publish
 from common import dist
 from common.config import UserError, opt, run
@@ -78,7 +80,7 @@ class Loop:
         self.stop = dist.Stop()
         self.stop.release()
 
-    def train_epoch(self, order: Tensor) -> list[Tensor]:
+    def train_epoch(self, order: Tensor, tick: Tick) -> list[Tensor]:
         """Losses (1,) of the script's steps over the clips order (1, N)."""
         raise NotImplementedError  # each script has its own loop
 
@@ -98,10 +100,10 @@ class Loop:
         """The clips (1, N) of an epoch, the same for every variant."""
         return shuffled(len(self.data), [0], 0)[:, : self.steps * self.cfg.batch_size]
 
-    def ours(self, steps: int) -> Tensor:
+    def ours(self, steps: int, tick: Tick = int) -> Tensor:
         """Losses of an epoch, or of its first `steps`."""
         order = self.order()[:, : steps * self.cfg.batch_size].to(self.here.device)
-        return torch.cat(self.train_epoch(order))
+        return torch.cat(self.train_epoch(order, tick))
 
     def update(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss and logits of one step on these features."""
@@ -113,7 +115,7 @@ class Loop:
         self.after()
         return loss.detach(), logits
 
-    def loader(self, loader: DataLoader, steps: int) -> Tensor:
+    def loader(self, loader: DataLoader, steps: int, tick: Tick = int) -> Tensor:
         """The same with batches of a DataLoader."""
         losses: list[Tensor] = []
         right = torch.zeros(1, device=self.here.device)
@@ -126,32 +128,34 @@ class Loop:
             losses.append(loss)
             if logits is not None:
                 right += (logits.argmax(-1) == y).sum(1)
+            tick()
         self.look()
         return torch.cat(losses)
 
-    def floor(self, steps: int) -> None:
+    def floor(self, steps: int, tick: Tick = int) -> None:
         """Steps on one batch."""
         index = torch.arange(self.cfg.batch_size, device=self.here.device)[None]
         x, mask = self.data.gather(index)
         y = self.labels[index]
         for _ in range(steps):
             self.update(x, mask, y)
+            tick()
         self.look()
 
 
 class SlmLoop(Loop):
     """Stage 3 on projectors that stay as they are, as the guide trains it."""
 
-    def __init__(self, data: Pairs, batch: int, precision: str = "fp32") -> None:
+    def __init__(self, data: Pairs, batch: int, precision: str = "fp32", lr: float = 0.0) -> None:
         sources = sources_of(data)
         model = Slm(SlmConfig(ClapConfig(proj_dim=sources["text"]["dim"])), sources, CLASSES, [0])
         model.freeze_projectors()
-        super().__init__(model, train_slm.Config(batch_size=batch, precision=precision), data, data.label)
+        super().__init__(model, train_slm.Config(batch_size=batch, precision=precision, lr=lr), data, data.label)
 
-    def train_epoch(self, order: Tensor) -> list[Tensor]:
+    def train_epoch(self, order: Tensor, tick: Tick) -> list[Tensor]:
         return train_slm.train_epoch(
             self.model, self.data, self.cfg, self.here, self.flat, self.optimizer, None, Progress(), self.watches,
-            order, 0, self.stop, int,
+            order, 0, self.stop, tick,
         )[1]  # fmt: skip
 
     def step_loss(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,20 +166,19 @@ class SlmLoop(Loop):
 class ClapLoop(Loop):
     """Stage 2."""
 
-    def __init__(self, data: Pairs, batch: int, precision: str = "fp32") -> None:
+    def __init__(self, data: Pairs, batch: int, precision: str = "fp32", lr: float = 0.0) -> None:
         sources = sources_of(data)
         model = Clap(ClapConfig(proj_dim=sources["text"]["dim"]), sources, [0])
-        # the rate of every step is the same, as the other variants have it, and every step is clipped: the floor's one
-        # batch is soon known by heart, and its gradients would be left alone
+        # the rate of every step is the same, as the other variants have it, and every step is clipped
         cfg = train_clap.Config(
-            batch_size=batch, precision=precision, warmup_steps=0, schedule="constant", grad_clip=1e-6
+            batch_size=batch, precision=precision, warmup_steps=0, schedule="constant", grad_clip=1e-6, lr=lr
         )
         super().__init__(model, cfg, data, data.script)
 
-    def train_epoch(self, order: Tensor) -> list[Tensor]:
+    def train_epoch(self, order: Tensor, tick: Tick) -> list[Tensor]:
         return train_clap.train_epoch(
             self.model, self.data, self.cfg, self.here, self.flat, self.optimizer, Progress(), self.watches,
-            order.split(self.cfg.batch_size, 1), 0, self.stop, int,
+            order, self.cfg.batch_size, 0, self.stop, tick,
         )[1]  # fmt: skip
 
     def step_loss(self, x: dict[str, Tensor], mask: dict[str, Tensor], y: Tensor) -> tuple[Tensor, None]:
@@ -226,27 +229,35 @@ def loader(loop: Loop, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-def measure(kind: Callable[[Pairs, int, str], Loop], data: Pairs, batch: int, precision: str, cfg: Config) -> list[str]:
-    """The lines of the table of one model and batch size."""
+def start(cfg: Config, device: torch.device) -> None:
+    """What a process does before it trains."""
+    torch.set_num_threads(cfg.threads)
+    dist.keep_memory(device)  # as the scripts do
+
+
+def ways_to_train(
+    cfg: Config, device: torch.device, precision: str, kind: Callable[[Pairs, int, str], Loop], count: int, batch: int
+) -> dict[str, Variant]:  # fmt: skip
+    """Those of one model and batch size, on so many clips."""
+    start(cfg, device)
+    data = random_pairs(count, cfg.dim).to(device)
     loop, peer = (kind(data, batch, precision) for _ in range(2))
-    if loop.steps < 1:
-        raise UserError(f"{len(data)} clips are less than a step of {batch}")
-    name = f"{'SLM' if kind is SlmLoop else 'CLAP'}, batch {batch}, {loop.steps} steps, {precision}"
-    return compare(name, loop, {"DataLoader": peer}, {n: loader(peer, n) for n in cfg.num_workers}, cfg.repeats)
+    return ways(loop, {"DataLoader": peer}, {n: loader(peer, n) for n in cfg.num_workers})
 
 
 def main(cfg: Config) -> None:
-    torch.set_num_threads(cfg.threads)
     device = dist.ranks(cfg.device).device
     what = f"width {cfg.dim}, {cfg.repeats} rounds; median (least to most)"
-    dist.keep_memory(device)  # as the scripts do
+    start(cfg, device)
     lines = header("bench/speech.py", device, cfg.threads, what)
     sizes = ((SlmLoop, cfg.slm_rows, cfg.slm_batch), (ClapLoop, cfg.clap_rows, cfg.clap_batch))
     for kind, count, batches in sizes:
-        data = random_pairs(count, cfg.dim).to(device)
         for batch in batches:
+            if batch > count:
+                raise UserError(f"{count} clips are less than a step of {batch}")
             for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
-                lines += measure(kind, data, batch, precision, cfg)
+                name = f"{'SLM' if kind is SlmLoop else 'CLAP'}, batch {batch}, {count // batch} steps, {precision}"
+                lines += rows(name, rounds(cfg.repeats, ways_to_train, cfg, device, precision, kind, count, batch))
     publish(lines, cfg.write)
 
 

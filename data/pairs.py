@@ -120,9 +120,9 @@ class Pairs:
         """Features (K, B, T, D), or ids (K, B, T), and masks (K, B, T) of the clips index (K, B); N stands for none."""
         return gather(self.parts, index)
 
-    def batches(self, steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
-        """What gather() finds for each of steps (K, B), on `device`."""
-        return batches(self.parts, steps, device)
+    def batches(self, index: Tensor, size: int, steps: int, device: torch.device) -> Iterator[Batch]:
+        """What gather() finds for each of `steps` pieces (K, size) of index (K, N), on `device`."""
+        return batches(self.parts, index, size, steps, device)
 
 
 def find_root(places: Sequence[str]) -> str | None:

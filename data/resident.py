@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.features import Store
 
-GATHERED = 2 * 2**20  # bytes gathered at a time: what a cache holds until it is read
+GATHERED = 8 * 2**20  # bytes gathered at a time: what a cache holds until it is read
 Batch = tuple[dict[str, Tensor], dict[str, Tensor]]  # features and masks by modality
 
 
@@ -21,12 +21,17 @@ class Ragged:
     values: Tensor  # (S + 1, D), or ids (S + 1,)
     rows: Tensor  # (N + 1, T), where each frame is in values; S for none; the last clip has none
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (K, B, T, D), or ids (K, B, T), and mask (K, B, T) of the clips index (K, B); N stands for none."""
+    def gather(self, index: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Frames (K, B, T, D), or ids (K, B, T), and mask (K, B, T) of the clips index (K, B); N stands for none.
+
+        Where there is `out`, an earlier answer of the same shape, they take its place.
+        """
+        x, mask = out or (None, None)
         rows = self.rows.index_select(0, index.flatten())  # (K * B, T)
-        x = self.values.index_select(0, rows.flatten())
-        mask = (rows < len(self.values) - 1).view(*index.shape, rows.shape[1])
-        return x.view(*mask.shape, *x.shape[1:]), mask
+        shape = *index.shape, rows.shape[1]
+        x = torch.index_select(self.values, 0, rows.flatten(), out=None if x is None else x.flatten(0, 2))
+        mask = torch.lt(rows, len(self.values) - 1, out=None if mask is None else mask.flatten(0, 1))
+        return x.view(*shape, *x.shape[1:]), mask.view(shape)
 
     def map(self, transform: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Ragged":
         """The same clips with transform(frames) -> (frames, where there is one); what transform drops is gone."""
@@ -42,30 +47,51 @@ class Ragged:
         return self.values.nbytes + self.rows.nbytes
 
 
-def gather(parts: Mapping[str, Ragged], index: Tensor) -> Batch:
-    """Features (K, B, T, D), or ids (K, B, T), and masks (K, B, T) of the clips index (K, B); N stands for none."""
-    found = {m: part.gather(index) for m, part in parts.items()}
+def gather(parts: Mapping[str, Ragged], index: Tensor, out: Batch | None = None) -> Batch:
+    """Features (K, B, T, D), or ids (K, B, T), and masks (K, B, T) of the clips index (K, B); N stands for none.
+
+    Where there is `out`, an earlier answer of the same shape, they take its place.
+    """
+    x, mask = out or ({}, {})
+    found = {m: part.gather(index, out and (x[m], mask[m])) for m, part in parts.items()}
     return {m: x for m, (x, _) in found.items()}, {m: mask for m, (_, mask) in found.items()}
 
 
-def batches(parts: Mapping[str, Ragged], steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
-    """What gather() finds for each of steps (K, B), on `device`.
+def cut(x: Tensor, size: int, steps: int) -> tuple[Tensor, ...]:
+    """x (K, N, ...) in `steps` pieces (K, size, ...); those at its end may be shorter, or empty."""
+    pieces = x.split(size, 1)
+    return pieces + (x[:, :0],) * (steps - len(pieces))
 
-    Many small steps are gathered together, for a slice of what is there costs a tenth of a gather of its own. Where the
-    host gathers and has a core to spare, a thread does so while the steps before are used.
+
+def batches(
+    parts: Mapping[str, Ragged], index: Tensor, size: int, steps: int, device: torch.device
+) -> Iterator[Batch]:  # fmt: skip
+    """What gather() finds for each of `steps` pieces (K, size) of index (K, N), on `device`.
+
+    Each is good until the next is asked for: many small steps are gathered together, always into the same memory, which
+    is cut up once. Where the host gathers and has a core to spare, a thread does so while the steps before are used.
     """
     a_clip = sum(part.rows.shape[1] * part.values[0].nbytes for part in parts.values())
-    together = max(1, GATHERED // max(1, a_clip * max(step.numel() for step in steps)))
+    together = max(1, GATHERED // max(1, a_clip * size * len(index)))
 
-    def some(first: int) -> list[Batch]:
-        few = steps[first : first + together]
-        sizes = [step.shape[1] for step in few]
-        x, mask = ({m: part.to(device).split(sizes, 1) for m, part in half.items()}
-                   for half in gather(parts, torch.cat(list(few), 1)))  # fmt: skip
-        return [({m: p[i] for m, p in x.items()}, {m: p[i] for m, p in mask.items()}) for i in range(len(few))]
-
-    firsts = range(0, len(steps), together)
+    firsts = range(0, steps, together)
     resident = all(part.values.device.type == device.type for part in parts.values())
+    made: dict[tuple[int, ...], tuple[Batch, list[Batch]]] = {}  # by which of two turns, steps and clips
+
+    def some(first: int, turn: int = 0) -> list[Batch]:
+        few = min(together, steps - first)
+        clips = index[:, first * size : (first + few) * size]
+        place = turn, few, clips.shape[1]
+        if place in made:
+            gather(parts, clips, made[place][0])
+            return made[place][1]
+        found = gather(parts, clips)
+        x, mask = ({m: cut(part.to(device), size, few) for m, part in half.items()} for half in found)
+        cuts = [({m: p[i] for m, p in x.items()}, {m: p[i] for m, p in mask.items()}) for i in range(few)]
+        if resident:
+            made[place] = found, cuts
+        return cuts
+
     # a GPU is not waited for, and on a CPU whose every core works on the model a thread would be in its way
     if resident and (device.type != "cpu" or torch.get_num_threads() >= (os.cpu_count() or 1)):
         for first in firsts:
@@ -73,11 +99,11 @@ def batches(parts: Mapping[str, Ragged], steps: Sequence[Tensor], device: torch.
         return
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(some, 0)
-        for first in firsts:
-            made = coming.result()
-            if first + together < len(steps):
-                coming = thread.submit(some, first + together)
-            yield from made
+        for turn, first in enumerate(firsts, 1):
+            ready = coming.result()
+            if first + together < steps:
+                coming = thread.submit(some, first + together, turn % 2)
+            yield from ready
 
 
 def read(ids: Sequence[str], store: Store, max_frames: int) -> Ragged:

@@ -61,9 +61,9 @@ class Utterances:
         """Frames (K, B, T, D) and masks (K, B, T) of the utterances index (K, B); N stands for none."""
         return gather(self.parts, index)
 
-    def batches(self, steps: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
-        """What gather() finds for each of steps (K, B), on `device`."""
-        return batches(self.parts, steps, device)
+    def batches(self, index: Tensor, size: int, steps: int, device: torch.device) -> Iterator[Batch]:
+        """What gather() finds for each of `steps` pieces (K, size) of index (K, N), on `device`."""
+        return batches(self.parts, index, size, steps, device)
 
     def targets(self, head: str, scheme: str) -> Tensor:
         """(N + 1,) class indices (-1: none) or scores (NaN: none), (N + 1, 6) presence of emotions (NaN: none).

@@ -28,6 +28,7 @@ def tables(text):
 
 
 def test_every_variant_of_every_size_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loops, "apart", lambda function, *args: function(*args))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     (tmp_path / "RESULTS.md").write_text("# Before\n")
     bench.main(config.load(bench.Config, TINY))
@@ -53,12 +54,14 @@ def test_the_variants_see_the_same_rows_and_give_the_same_losses(kind):
     """Dropout and hidden modalities included."""
     seen, losses, weights = [], [], []
     for peer in (False, True):
-        loop = kind(bench.random_pairs(50, 16), 16)
+        loop = kind(bench.random_pairs(50, 16), 16, lr=1e-3)
+        first = loop.flat.values.clone()
         loop.model.register_forward_pre_hook(lambda _, args: seen.append(torch.cat(list(args[0].values()), -1)))
         epoch = partial(loop.loader, bench.loader(loop, 0)) if peer else loop.ours
         torch.manual_seed(0)
         losses.append(epoch(loop.steps))
         weights.append(loop.flat.values)
+        assert (loop.flat.values - first).abs().max() > 1e-3
     assert len(seen) == 6  # the last two rows fill no step
     every = torch.cat([part.values for part in bench.random_pairs(50, 16).parts.values()], 1)
     assert torch.equal(torch.cat(seen[:3], 1)[0, :, 0], every[bench.shuffled(50, [0], 0)[0, :48]])
@@ -71,7 +74,10 @@ def test_the_variants_see_the_same_rows_and_give_the_same_losses(kind):
 @KINDS
 def test_the_clock_runs_from_forward_to_optimiser(kind):
     loop = kind(bench.random_pairs(48, 16), 16)
-    whole, rest = loop.clock.of(partial(loop.ours, 3), 3)
+    epoch = loops.Epoch(loops.Variant(loop.clock, loop.ours, 3, turns=3))
+    while not epoch.over:
+        epoch.turn()
+    whole, rest = epoch.times()
     assert len(loop.clock.marks) == 6
     assert 0 < rest < whole
     assert rest == pytest.approx(whole - loop.clock.ms() / 3)

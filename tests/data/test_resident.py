@@ -146,11 +146,15 @@ def test_batches_are_what_gather_finds_for_each_step(tmp_path, monkeypatch, kind
     monkeypatch.setattr(resident.os, "cpu_count", lambda: cores)
     parts = {m: read(IDS, store(tmp_path / m, drawn(kind, seed)), 5) for seed, m in enumerate(("audio", "text"))}
     generator = torch.Generator().manual_seed(0)
-    steps = [torch.randint(len(IDS) + 1, (2, size), generator=generator) for size in (3, 3, 3, 3, 1, 0)]
-    found = list(batches(parts, steps, torch.device("cpu")))
-    assert len(found) == len(steps)
-    for index, batch in zip(steps, found, strict=True):
-        for own, other in zip(batch, gather(parts, index), strict=True):
+    index = torch.randint(len(IDS) + 1, (2, 13), generator=generator)
+    # a batch is good until the next is asked for
+    found = [
+        [{m: part.clone() for m, part in half.items()} for half in batch]
+        for batch in batches(parts, index, 3, 7, torch.device("cpu"))
+    ]
+    assert [batch[1]["text"].shape[1] for batch in found] == [3, 3, 3, 3, 1, 0, 0]
+    for first, batch in zip(range(0, 21, 3), found, strict=True):
+        for own, other in zip(batch, gather(parts, index[:, first : first + 3]), strict=True):
             assert list(own) == ["audio", "text"]
             for m in own:
                 torch.testing.assert_close(own[m], other[m], rtol=0, atol=0, equal_nan=True)
@@ -162,14 +166,14 @@ def test_batches_are_gathered_ahead_by_a_thread_that_ends(tmp_path, monkeypatch)
     monkeypatch.setattr(resident.os, "cpu_count", lambda: torch.get_num_threads() + 1)
     parts, seen, ahead = {"m": read(IDS, store(tmp_path, drawn("rows")), 5)}, [], threading.Event()
 
-    def noted(parts, index):
+    def noted(parts, index, out=None):
         seen.append((int(index), threading.current_thread()))
         if index == 1:
             ahead.set()
-        return gather(parts, index)
+        return gather(parts, index, out)
 
     monkeypatch.setattr(resident, "gather", noted)
-    found = batches(parts, [torch.tensor([[i]]) for i in (0, 1, 2, 99)], torch.device("cpu"))
+    found = batches(parts, torch.tensor([[0, 1, 2, 99]]), 1, 4, torch.device("cpu"))
     next(found)
     assert ahead.wait(10)
     assert [i for i, _ in seen] == [0, 1]
@@ -177,13 +181,40 @@ def test_batches_are_gathered_ahead_by_a_thread_that_ends(tmp_path, monkeypatch)
     next(found)
     with pytest.raises(IndexError):
         next(found)
-    left = batches(parts, [torch.tensor([[0]])] * 3, torch.device("cpu"))
+    left = batches(parts, torch.zeros(1, 3).long(), 1, 3, torch.device("cpu"))
     next(left)
     left.close()
     threads = {thread for _, thread in seen}
     monkeypatch.setattr(resident.os, "cpu_count", torch.get_num_threads)  # none to spare
     seen.clear()
-    assert len(list(batches(parts, [torch.tensor([[0]])] * 3, torch.device("cpu")))) == 3
+    assert len(list(batches(parts, torch.zeros(1, 3).long(), 1, 3, torch.device("cpu")))) == 3
     assert {thread for _, thread in seen} == {threading.main_thread()}
     assert threading.main_thread() not in threads
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_gather_takes_the_place_of_an_earlier_one(tmp_path):
+    part = read(IDS, store(tmp_path, drawn("frames")), 5)
+    first, second = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[4, len(IDS)], [0, 2]])
+    expected = part.gather(second)
+    place = part.gather(first)
+    addresses = [x.data_ptr() for x in place]
+    found = part.gather(second, place)
+    assert [x.data_ptr() for x in found] == addresses
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
+    for own, other in zip(place, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cores", [0, 1000], ids=["busy", "spare"])
+def test_batches_lie_in_the_same_memory(tmp_path, monkeypatch, cores):
+    """Two places with a thread, which fills one while the other is in use."""
+    monkeypatch.setattr(resident, "GATHERED", 1)
+    monkeypatch.setattr(resident.os, "cpu_count", lambda: cores)
+    parts = {"m": read(IDS, store(tmp_path, drawn("rows")), 5)}
+    index = torch.zeros(1, 8).long()
+    places = [x["m"].data_ptr() for x, _ in batches(parts, index, 1, 8, torch.device("cpu"))]
+    turns = 2 if cores else 1
+    assert len(set(places)) == turns
+    assert places == places[:turns] * (8 // turns)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.report import apart, spread
+from common import dist
 
 BELOW = "ours is not above the floor's"
 WARM = 20  # most steps of each variant before the first round, and no more than a quarter of its epoch
@@ -119,6 +120,12 @@ def alternate(variants: dict[str, Variant]) -> dict[str, tuple[float, float]]:
         for epoch in random.sample(left, len(left)):
             epoch.turn()
     return {name: epoch.times() for name, epoch in epochs.items()}
+
+
+def start(threads: int, device: torch.device) -> None:
+    """What a process does before it trains, as the scripts do."""
+    torch.set_num_threads(threads)
+    dist.keep_memory(device)
 
 
 def a_round(build: Callable[..., dict[str, Variant]], *args: object) -> dict[str, tuple[float, float]]:

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
-from bench.loops import Clock, Loading, Tick, Variant, rounds, rows, ways
+from bench.loops import Clock, Loading, Tick, Variant, rounds, rows, start, ways
 from bench.report import apart, header, memory, publish, spread, table
 from common import dist
 from common.config import opt, run
@@ -199,7 +199,7 @@ def random_utterances(rows: int) -> Utterances:
 
 
 def ways_to_train(cfg: Config, device: torch.device, precision: str, batch: int) -> dict[str, Variant]:
-    start(cfg, device)
+    start(cfg.threads, device)
     data = random_utterances(cfg.rows)
     loop, peer = (Loop(data.to(device), batch, 1, device, precision) for _ in range(2))
     loaders = {
@@ -215,7 +215,7 @@ def ways_to_train(cfg: Config, device: torch.device, precision: str, batch: int)
 
 
 def seeds_together(cfg: Config, device: torch.device, precision: str, model: str) -> dict[str, Variant]:
-    start(cfg, device)
+    start(cfg.threads, device)
     data = random_utterances(cfg.rows).to(device)
     loops = {f"{k} seed{'s' * (k > 1)}": Loop(data, 16, k, device, precision, model) for k in (1, 5)}
     # enough steps for a steady time: xfuse takes several times longer
@@ -325,16 +325,10 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def start(cfg: Config, device: torch.device) -> None:
-    """What a process does before it trains."""
-    torch.set_num_threads(cfg.threads)
-    dist.keep_memory(device)  # as the script does
-
-
 def main(cfg: Config) -> None:
     device = dist.ranks(cfg.device).device
     what = f"{cfg.rows:,} rows, {cfg.repeats} rounds; median (least to most)"
-    start(cfg, device)
+    start(cfg.threads, device)
     lines = header("bench/mosei.py", device, cfg.threads, what)
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
         lines += training(cfg, device, precision)

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_clap
 import train_slm
-from bench.loops import Clock, Tick, Variant, rounds, rows, ways
+from bench.loops import Clock, Tick, Variant, rounds, rows, start, ways
 from bench.report import header, publish
 from common import dist
 from common.config import UserError, opt, run
@@ -229,17 +229,11 @@ def loader(loop: Loop, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-def start(cfg: Config, device: torch.device) -> None:
-    """What a process does before it trains."""
-    torch.set_num_threads(cfg.threads)
-    dist.keep_memory(device)  # as the scripts do
-
-
 def ways_to_train(
     cfg: Config, device: torch.device, precision: str, kind: Callable[[Pairs, int, str], Loop], count: int, batch: int
 ) -> dict[str, Variant]:  # fmt: skip
     """Those of one model and batch size, on so many clips."""
-    start(cfg, device)
+    start(cfg.threads, device)
     data = random_pairs(count, cfg.dim).to(device)
     loop, peer = (kind(data, batch, precision) for _ in range(2))
     return ways(loop, {"DataLoader": peer}, {n: loader(peer, n) for n in cfg.num_workers})
@@ -248,7 +242,7 @@ def ways_to_train(
 def main(cfg: Config) -> None:
     device = dist.ranks(cfg.device).device
     what = f"width {cfg.dim}, {cfg.repeats} rounds; median (least to most)"
-    start(cfg, device)
+    start(cfg.threads, device)
     lines = header("bench/speech.py", device, cfg.threads, what)
     sizes = ((SlmLoop, cfg.slm_rows, cfg.slm_batch), (ClapLoop, cfg.clap_rows, cfg.clap_batch))
     for kind, count, batches in sizes:

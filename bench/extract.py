@@ -30,7 +30,7 @@ import numpy as np
 import soundfile
 import torch
 
-from bench.report import apart, header, memory, publish, spread, table
+from bench.report import apart, header, memory, publish, spread, table, turns
 from common import dist
 from common.config import UserError, opt, run
 from data.extraction import extract
@@ -189,9 +189,9 @@ def measure(cfg: Config, device: torch.device, lengths: np.ndarray) -> list[tupl
             sizes = (device, cfg.threads, cfg.num_workers, cfg.tokens_per_batch)
             return Job(clips, str(root / "weights"), str(root / out), *sizes)
 
-        for i in range(cfg.repeats):
-            for variant in list(found)[:: -1 if i % 2 else 1]:
-                found[variant].append(apart(measured, loads[variant], job(f"{variant}{i}")))
+        for variant in turns(found, cfg.repeats, "features"):
+            each = found[variant]
+            each.append(apart(measured, loads[variant], job(f"{variant}{len(each)}")))
         some = clips[:: max(len(clips) // cfg.checked, 1)]
         load_theirs(job("alone"), 1)(some)
         store = FeatureStore(root / "ours0")

@@ -48,7 +48,7 @@ from bench.llm_train import (
     ratio,
     unmeasured,
 )  # fmt: skip
-from bench.report import header, memory, publish, spread
+from bench.report import header, memory, publish, spread, turns
 from common import dist
 from common.config import UserError, opt, run
 
@@ -277,19 +277,18 @@ def decoding(variants: dict[str, Any], job: Job, rounds: int) -> list[str]:
     lines = []
     for name, case in CASES[job.size].items():
         prompts = draw(job.size, case.batch, case.lengths, job.seed)
-        turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
-        for i in range(rounds):
-            for variant in list(variants)[:: -1 if i % 2 else 1]:
-                turns[variant].append(variants[variant]("case", name, prompts))
+        found: dict[str, list[Turn]] = {variant: [] for variant in variants}
+        for variant in turns(variants, rounds, name):
+            found[variant].append(variants[variant]("case", name, prompts))
         ours = [variant for variant in variants if PEER not in variant]
         same = min(
-            same_tokens(turns[variant][0].answer, turns[PEER][0].answer, exact=job.size != "7b") for variant in ours
+            same_tokens(found[variant][0].answer, found[PEER][0].answer, exact=job.size != "7b") for variant in ours
         )
         count = case.batch * case.new
         columns = {
             variant: [[t.seconds for t in each], [count / t.seconds for t in each], [t.share for t in each],
                       [t.memory for t in each]]
-            for variant, each in turns.items()
+            for variant, each in found.items()
         }  # fmt: skip
         pairs = [(variant, PEER) for variant in variants if variant != PEER]
         pairs += [(COMPILED, COMPILED_PEER)] if COMPILED in variants else []
@@ -316,12 +315,11 @@ def scoring(variants: dict[str, Any], job: Job, rounds: int, checked: int) -> li
     probabilities = variants["ours"]("turn", "score", prompts, labels).answer
     alone = variants[PEER]("turn", "score", prompts[:checked], labels).answer
     gap = probability_gap(probabilities[:checked], alone, LIMIT if job.size != "7b" else float("inf"))
-    for i in range(rounds):
-        for name in list(found)[:: -1 if i % 2 else 1]:
-            if name == "ours":
-                found[name].append(variants["ours"]("turn", "score", prompts, labels).seconds)
-            else:
-                found[name].append(variants[PEER]("turn", "generate_all", prompts, *GENERATED[name]).seconds)
+    for name in turns(found, rounds, "scoring"):
+        if name == "ours":
+            found[name].append(variants["ours"]("turn", "score", prompts, labels).seconds)
+        else:
+            found[name].append(variants[PEER]("turn", "generate_all", prompts, *GENERATED[name]).seconds)
     lines = [f"| {LABELS} labels, {len(prompts)} prompts | s | times ours |", "|---|---|---|"]
     for name, each in found.items():
         ratios = [a / b for a, b in zip(each, found["ours"], strict=True)]

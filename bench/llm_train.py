@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.report import header, memory, publish, spread, table
+from bench.report import header, memory, publish, spread, table, turns
 from common import dist, optim
 from common.config import UserError, opt, run
 
@@ -493,7 +493,7 @@ def measure(job: Job, rounds: int, steps: int) -> list[str]:
     """Lines of the table of one case. UserError if the two do not train alike."""
     kinds: dict[str, type[Trainer]] = {"ours": Ours, PEER: Peer}
     apart: dict[str, Any] = {}
-    turns: dict[str, list[Turn]] = {name: [] for name in kinds}
+    found: dict[str, list[Turn]] = {name: [] for name in kinds}
     losses: dict[str, list[float]] = {}
     starts: dict[str, float] = {}
     try:
@@ -501,10 +501,9 @@ def measure(job: Job, rounds: int, steps: int) -> list[str]:
             apart[name] = Apart(kind, job)
             loss, done = apart[name]("first")
             losses[name], starts[name] = [loss], done - apart[name].began
-        for i in range(rounds):
-            for name in list(kinds)[:: -1 if i % 2 else 1]:
-                turns[name].append(apart[name]("turn", steps))
-                losses[name] += turns[name][-1].losses
+        for name in turns(kinds, rounds, job.case):
+            found[name].append(apart[name]("turn", steps))
+            losses[name] += found[name][-1].losses
         trained = [apart[name]("trained") for name in kinds]
     finally:
         for each in apart.values():
@@ -512,22 +511,22 @@ def measure(job: Job, rounds: int, steps: int) -> list[str]:
     limits = LIMITS[job.size == "7b"]
     gap, drift = loss_gap(losses["ours"], losses[PEER], limits[0]), weight_gap(*trained, limits[1])
     return [
-        f"| {job.case} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows(turns, starts), "",
+        f"| {job.case} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows(found, starts), "",
         f"{CASES[job.size][job.case]}; losses of {len(losses['ours'])} steps within {gap:.2g}, trained weights after "
         f"them within {drift:.2g}", "",
     ]  # fmt: skip
 
 
-def rows(turns: dict[str, list[Turn]], starts: dict[str, float]) -> list[str]:
+def rows(found: dict[str, list[Turn]], starts: dict[str, float]) -> list[str]:
     """A line of the table for each variant, and their ratios round by round."""
 
     def columns(each: list[Turn]) -> list[list[float]]:
         return [[getattr(t, key) for t in each] for key in ("seconds", "samples", "tokens", "memory", "share")]
 
     lines = []
-    for name, each in turns.items():
+    for name, each in found.items():
         lines.append(f"| {name} | {' | '.join(map(spread, columns(each)))} | {starts[name]:.3g} |")
-    both = zip(*map(columns, turns.values()), strict=True)
+    both = zip(*map(columns, found.values()), strict=True)
     ratios = [spread([ratio(a, b) for a, b in zip(ours, theirs, strict=True)]) for ours, theirs in both]
     return [*lines, f"| ours / theirs | {' | '.join(ratios)} | {starts['ours'] / starts[PEER]:.3g} |"]
 
@@ -573,8 +572,8 @@ def main(cfg: Config) -> None:
     for case in cases:
         if case not in CASES[cfg.size]:
             raise UserError(f"--cases {case}: --size {cfg.size} has {', '.join(CASES[cfg.size])}")
-    turns = "" if cfg.profile else f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
-    what = f"{cfg.size}, r {RANK}{turns}"
+    sizes = "" if cfg.profile else f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
+    what = f"{cfg.size}, r {RANK}{sizes}"
     lines = header("bench/llm_train.py", device, cfg.threads, what, ["transformers", "peft"])
     with TemporaryDirectory() as folder:
         if cfg.size != "7b":

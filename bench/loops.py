@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from bench.report import apart, spread
+from bench.report import apart, bar, spread
 from common import dist
 
 BELOW = "ours is not above the floor's"
@@ -124,6 +125,7 @@ def alternate(variants: dict[str, Variant]) -> dict[str, tuple[float, float]]:
 
 def start(threads: int, device: torch.device) -> None:
     """What a process does before it trains, as the scripts do."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # as many as asked for, whatever the cores
     torch.set_num_threads(threads)
     dist.keep_memory(device)
 
@@ -132,12 +134,12 @@ def a_round(build: Callable[..., dict[str, Variant]], *args: object) -> dict[str
     return alternate(build(*args))
 
 
-def rounds(repeats: int, build: Callable[..., dict[str, Variant]], *args: object) -> Times:
+def rounds(repeats: int, what: str, build: Callable[..., dict[str, Variant]], *args: object) -> Times:
     """The times of the variants that build(*args) gives, in each of so many rounds.
 
     Each is a process of its own, for where its memory happens to lie makes a step some percent faster or slower.
     """
-    found = [apart(a_round, build, *args) for _ in range(repeats)]
+    found = [apart(a_round, build, *args) for _ in bar(repeats, what)]
     return {name: [times[name] for times in found] for name in found[0]}
 
 

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_mosei
 from bench.loops import Clock, Loading, Tick, Variant, rounds, rows, start, ways
-from bench.report import apart, header, memory, publish, spread, table
+from bench.report import apart, header, memory, publish, spread, table, turns
 from common import dist
 from common.config import opt, run
 from common.flat import Flat
@@ -227,9 +227,9 @@ def training(cfg: Config, device: torch.device, precision: str) -> list[str]:
     lines: list[str] = []
     for batch in (16, 512):
         name = f"mlp, batch {batch}, {math.ceil(cfg.rows / batch)} steps, {precision}"
-        lines += rows(name, rounds(cfg.repeats, ways_to_train, cfg, device, precision, batch))
+        lines += rows(name, rounds(cfg.repeats, name, ways_to_train, cfg, device, precision, batch))
     for name in ("mlp", "xfuse"):
-        times = rounds(cfg.repeats, seeds_together, cfg, device, precision, name)
+        times = rounds(cfg.repeats, f"{name}, seeds together", seeds_together, cfg, device, precision, name)
         found = {k: [whole for whole, _ in each] for k, each in times.items()}
         ratio = [5 * one / five for one, five in zip(*found.values(), strict=True)]
         lines += table(f"{name}, batch 16, {precision}", [
@@ -307,9 +307,8 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
             "converted store, ready to train": (load_store, Path(f"{path}.store")),
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for _ in range(max(1, cfg.repeats // 3)):
-            for name, (load, place) in ways.items():
-                found[name].append(apart(measured, load, place))
+        for name in turns(ways, max(1, cfg.repeats // 3), "opening data"):
+            found[name].append(apart(measured, *ways[name]))
     rows = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
              ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
     for name, values in found.items():

@@ -1,8 +1,9 @@
-"""What the scripts of this folder share: a process of its own, its memory, spreads, how a report begins and ends."""
+"""What the scripts of this folder share: turns, a process of its own, its memory, how a report begins and ends."""
 
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -11,10 +12,23 @@ from statistics import median
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 T = TypeVar("T")
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def bar(count: int, what: str) -> Iterable[int]:
+    """range(count), whose course and rest a terminal shows."""
+    return tqdm(range(count), what, unit="round", leave=False, disable=not sys.stderr.isatty())
+
+
+def turns(names: Iterable[str], rounds: int, what: str) -> Iterator[str]:
+    """Each of names in every round, backwards in every second one."""
+    order = list(names)
+    for i in bar(rounds, what):
+        yield from order[:: -1 if i % 2 else 1]
 
 
 def apart(function: Callable[..., T], *args: object) -> T:

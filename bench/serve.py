@@ -34,7 +34,7 @@ if not __package__:  # run by path: start again as a module, so that the reposit
 import torch
 
 import train_llm
-from bench.report import header, publish, spread
+from bench.report import header, publish, spread, turns
 from common import config
 from common.config import UserError, opt, run
 from data.features import StoreWriter, encode_clip
@@ -161,13 +161,13 @@ def measured(variants: dict[str, tuple[int, int]], clips: list[str], question: s
     texts = None
     for port, _ in set(variants.values()):
         rate(port, clips, question, len(clips), 1)  # imports and caches
-    for i in range(cfg.rounds):
-        for name, (port, clients) in list(variants.items())[:: -1 if i % 2 else 1]:
-            value, answers = rate(port, clips, question, cfg.requests, clients)
-            found[name].append(value)
-            texts = texts or answers
-            if answers != texts:
-                raise UserError(f"{name}: answers differ from those given one at a time")
+    for name in turns(variants, cfg.rounds, question or "labels"):
+        port, clients = variants[name]
+        value, answers = rate(port, clips, question, cfg.requests, clients)
+        found[name].append(value)
+        texts = texts or answers
+        if answers != texts:
+            raise UserError(f"{name}: answers differ from those given one at a time")
     first = next(iter(found.values()))
     return [
         f"| {name} | {spread(values)} | {spread([a / b for a, b in zip(values, first, strict=True)])} |"

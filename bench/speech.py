@@ -251,7 +251,8 @@ def main(cfg: Config) -> None:
                 raise UserError(f"{count} clips are less than a step of {batch}")
             for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
                 name = f"{'SLM' if kind is SlmLoop else 'CLAP'}, batch {batch}, {count // batch} steps, {precision}"
-                lines += rows(name, rounds(cfg.repeats, ways_to_train, cfg, device, precision, kind, count, batch))
+                case = cfg, device, precision, kind, count, batch
+                lines += rows(name, rounds(cfg.repeats, name, ways_to_train, *case))
     publish(lines, cfg.write)
 
 

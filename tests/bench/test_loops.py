@@ -84,7 +84,7 @@ def test_what_fails_in_a_turn_is_raised():
 
 
 def test_every_round_is_a_process_of_its_own():
-    found = loops.rounds(2, a_variant)
+    found = loops.rounds(2, "", a_variant)
     assert list(found) == ["a"]
     assert len(found["a"]) == 2
     pids = {round(4 * (whole - rest)) for whole, rest in found["a"]}

@@ -33,6 +33,10 @@ def test_the_first_lines(monkeypatch):
     assert [*between, end] == ["", ""]
 
 
+def test_turns_go_back_every_second_round():
+    assert list(report.turns({"a": 1, "b": 2, "c": 3}, 3, "")) == [*"abc", *"cba", *"abc"]
+
+
 def test_a_report_is_printed_and_appended(tmp_path, monkeypatch, capsys):
     results = tmp_path / "RESULTS.md"
     monkeypatch.setattr(report, "RESULTS", results)

@@ -162,6 +162,8 @@ def _find(path: Path) -> tuple[str, list[Path]]:
 def _kind(path: Path) -> str:
     """The layout of one file by its first bytes."""
     head = _head(path)
+    if not head:
+        raise UserError(f"{path}: the file is empty")
     if head.startswith(b"PK"):
         return "npz"
     if path.suffix == ".csv":

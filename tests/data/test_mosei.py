@@ -437,6 +437,7 @@ def test_nothing_there_names_the_train_split_and_a_way_out(tmp_path):
     [
         (b'{"a": 1}', "JSON, but not a list of objects with video_id, text_features,"),
         (b'[{"video_id": "a", ', ":1: not JSON ("),
+        (b"", "the file is empty"),
         (b"hello there", "not a readable pickle ("),
         (b"\x89HDF\r\n\x1a\n", "give the folder of the .csd files"),
         (b"\x93NUMPY", "give the folder of the .npy files"),

@@ -572,8 +572,8 @@ def main(cfg: Config) -> None:
     for case in cases:
         if case not in CASES[cfg.size]:
             raise UserError(f"--cases {case}: --size {cfg.size} has {', '.join(CASES[cfg.size])}")
-    sizes = "" if cfg.profile else f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
-    what = f"{cfg.size}, r {RANK}{sizes}"
+    rounds = "" if cfg.profile else f", {cfg.rounds} rounds of {cfg.steps} steps; median (least to most)"
+    what = f"{cfg.size}, r {RANK}{rounds}"
     lines = header("bench/llm_train.py", device, cfg.threads, what, ["transformers", "peft"])
     with TemporaryDirectory() as folder:
         if cfg.size != "7b":

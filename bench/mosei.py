@@ -300,25 +300,25 @@ def opening(cfg: Config) -> list[tuple[str, str]]:
         write_pickle(path, cfg.pickle_rows)
         size = path.stat().st_size / 2**20
         once = apart(measured, convert, path)
-        ways = {
+        loads = {
             "pickle.load": (load_pickle, path),
             "data.unpickle.load": (unpickle.load, path),
             "MMSA's three readings": (load_as_mmsa, path),
             "converted store, ready to train": (load_store, Path(f"{path}.store")),
         }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for name in turns(ways, max(1, cfg.repeats // 3), "opening data"):
-            found[name].append(apart(measured, *ways[name]))
-    rows = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
-             ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in loads}
+        for name in turns(loads, max(1, cfg.repeats // 3), "opening data"):
+            found[name].append(apart(measured, *loads[name]))
+    lines = [(f"pickle of {cfg.pickle_rows:,} x {FRAMES}: MiB", f"{size:.0f}"),
+              ("converting it, once: ms; peak MiB", f"{once[0]:.0f}; {once[1]:.0f}")]  # fmt: skip
     for name, values in found.items():
         ms, peak = ([value[i] for value in values] for i in range(2))
-        rows.append((f"{name}: ms; peak MiB", f"{spread(ms)}; {median(peak):.0f}"))
-    for name in list(ways)[:3]:
+        lines.append((f"{name}: ms; peak MiB", f"{spread(ms)}; {median(peak):.0f}"))
+    for name in list(loads)[:3]:
         both = list(zip(found[name], found["converted store, ready to train"], strict=True))
         time_ratio, memory_ratio = (spread([x[i] / y[i] for x, y in both]) for i in range(2))
-        rows.append((f"{name}, times converted store: time; peak", f"{time_ratio}; {memory_ratio}"))
-    return rows
+        lines.append((f"{name}, times converted store: time; peak", f"{time_ratio}; {memory_ratio}"))
+    return lines
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
